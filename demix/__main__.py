@@ -1,0 +1,54 @@
+"""`python -m demix VERB …`: dispatch, one-line errors, exit codes. Nothing heavy is imported
+before the verb is known."""
+
+import importlib
+import os
+import sys
+
+VERBS = {
+    'prepare': 'a corpus into a tokenizer and a token store',
+    'train': 'anything that moves weights; the same workdir again resumes',
+    'evaluate': 'perplexity and bits per byte per domain, for one or more models',
+}
+
+
+def _usage() -> str:
+  lines = ['usage: python -m demix VERB [flags]', '', 'verbs:']
+  lines += [f'  {name:<10} {text}' for name, text in VERBS.items()]
+  return '\n'.join([*lines, '', 'python -m demix VERB --help shows the flags of a verb.'])
+
+
+def main(argv: list[str]) -> int:
+  """Runs one verb and returns its exit code (docs/contracts.md §exit codes)."""
+  from demix.errors import BadInput, DemixError
+  if not argv or argv[0] in ('--help', '-h', 'help'):
+    print(_usage())
+    return 0 if argv else 2
+  from demix.verbs.flags import Help
+  try:
+    if argv[0] not in VERBS:
+      from demix.settings import nearest
+      raise BadInput(f'no such verb {argv[0]!r}{nearest(argv[0], VERBS)}')
+    return importlib.import_module(f'demix.verbs.{argv[0]}').run(argv[1:]) or 0
+  except Help as e:
+    print(e)
+    return 0
+  except DemixError as e:
+    print(f'error: {" ".join(str(e).split())}', file=sys.stderr)
+    return e.code
+  except KeyboardInterrupt:
+    print('error: interrupted', file=sys.stderr)
+    return 130
+  except BrokenPipeError:  # `… | head`
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
+  except Exception as e:
+    if os.environ.get('DEMIX_TRACEBACK'):
+      raise
+    print(f'error: {type(e).__name__}: {" ".join(str(e).split())} '
+          '(DEMIX_TRACEBACK=1 shows where)', file=sys.stderr)
+    return 1
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1:]))

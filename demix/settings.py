@@ -1,0 +1,136 @@
+"""Fields of the configuration dataclasses: their help, whether they define the experiment, and
+the strict way from a dict (a config file, the command line, a saved config.json) to them.
+
+A field is *identity* (it defines the experiment: a workdir refuses another value) unless it is
+made with `operational=True` (it may change on resume). docs/contracts.md lists which is which.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+
+from demix.errors import BadInput
+
+
+def option(default, help: str, *, operational: bool = False):
+  """A dataclass field with its one-line help; mutable defaults (dict) are copied per instance."""
+  metadata = {'help': help, 'operational': operational}
+  if isinstance(default, dict) or dataclasses.is_dataclass(default):
+    make = (lambda: dict(default)) if isinstance(default, dict) else (lambda: default)
+    return dataclasses.field(default_factory=make, metadata=metadata)
+  return dataclasses.field(default=default, metadata=metadata)
+
+
+def default_of(field):
+  """The default value of a dataclass field."""
+  if field.default is not dataclasses.MISSING:
+    return field.default
+  return field.default_factory()
+
+
+def nearest(name: str, names) -> str:
+  """' (did you mean X?)' for the closest of `names`, or a list of them when none is close."""
+  names = sorted(names)
+  close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+  if close:
+    return f' (did you mean {close[0]!r}?)'
+  return f' (known: {", ".join(names)})' if names else ''
+
+
+def _coerce(value, default, path):
+  """`value` as the type of `default`; BadInput names the field and both types."""
+  def refuse():
+    return BadInput(f'{path}: expected {type(default).__name__} like {default!r}, '
+                    f'got {type(value).__name__} {value!r}')
+  if isinstance(default, bool):
+    if not isinstance(value, bool):
+      raise refuse()
+    return value
+  if isinstance(default, float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+      raise refuse()
+    return float(value)
+  if isinstance(default, int):
+    if isinstance(value, bool) or not isinstance(value, int):
+      raise refuse()
+    return value
+  if isinstance(default, str):
+    if not isinstance(value, str):
+      raise refuse()
+    return value
+  if isinstance(default, tuple):
+    if isinstance(value, str):  # --config.domains=a,b
+      value = (value,)
+    if not isinstance(value, (tuple, list)):
+      raise refuse()
+    parts = []
+    for v in value:
+      parts.extend(p.strip() for p in v.split(',') if p.strip()) if isinstance(v, str) \
+          else parts.append(v)
+    return tuple(parts)
+  if isinstance(default, dict):
+    if not isinstance(value, Mapping):
+      raise refuse()
+    return {str(k): v for k, v in value.items()}
+  raise TypeError(f'{path}: no rule for a default of type {type(default)}')
+
+
+def from_dict(cls, mapping, path: str = 'config'):
+  """Builds the dataclass `cls` from a nested mapping.
+
+  Args:
+    cls: a dataclass made of `option` fields and nested dataclasses.
+    mapping: names to values; missing names take their default.
+    path: how errors call the mapping.
+
+  Raises:
+    BadInput: an unknown key (with the nearest known name) or a value of another type.
+  """
+  fields = {f.name: f for f in dataclasses.fields(cls)}
+  values = {}
+  for key, value in mapping.items():
+    if key not in fields:
+      raise BadInput(f'{path}.{key}: no such key{nearest(key, fields)}')
+    default = default_of(fields[key])
+    where = f'{path}.{key}'
+    if dataclasses.is_dataclass(default):
+      if not isinstance(value, Mapping):
+        raise BadInput(f'{where}: expected a group of keys, got {value!r}')
+      values[key] = from_dict(type(default), value, where)
+    else:
+      values[key] = _coerce(value, default, where)
+  return cls(**values)
+
+
+def to_dict(config) -> dict:
+  """The nested plain dict of a configuration dataclass (tuples stay tuples)."""
+  out = {}
+  for f in dataclasses.fields(config):
+    value = getattr(config, f.name)
+    out[f.name] = to_dict(value) if dataclasses.is_dataclass(value) else (
+        dict(value) if isinstance(value, dict) else value)
+  return out
+
+
+def flatten(config, *, operational: bool | None = None, prefix: str = '') -> dict:
+  """{'model.d_model': 128, …}; `operational` True or False keeps only that kind of field."""
+  out = {}
+  for f in dataclasses.fields(config):
+    value, name = getattr(config, f.name), f'{prefix}{f.name}'
+    if dataclasses.is_dataclass(value):
+      out.update(flatten(value, operational=operational, prefix=f'{name}.'))
+    elif operational is None or f.metadata['operational'] == operational:
+      out[name] = list(value) if isinstance(value, tuple) else value
+  return out
+
+
+def describe(cls, prefix: str = '--config.') -> list[str]:
+  """One line of help per field: name, default, help."""
+  lines = []
+  for f in dataclasses.fields(cls):
+    default = default_of(f)
+    if dataclasses.is_dataclass(default):
+      lines += describe(type(default), f'{prefix}{f.name}.')
+    else:
+      lines.append(f'  {prefix}{f.name}={default!r}\n      {f.metadata["help"]}')
+  return lines

@@ -1,0 +1,1 @@
+"""One thin file per verb; each has SUMMARY, and run(argv) that returns an exit code."""
