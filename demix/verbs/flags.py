@@ -51,9 +51,9 @@ class Verb:
       BadInput: an unknown flag or key (with the nearest name), or a value of the wrong type.
     """
     argv = [self.name, *argv]
-    if self._config and not {'--help', '-h', '--help=true'} & set(argv):
-      self._define_config(argv)
     try:
+      if self._config and not {'--help', '-h', '--help=true'} & set(argv):
+        self._define_config(argv)
       rest = self.flags(argv)[1:]
     except flags.Error as e:
       raise BadInput(str(e).replace('\n', ' ')) from None

@@ -1,0 +1,1 @@
+"""The way of the data: documents → tokens → token store → sequences → batches. No JAX in here."""

@@ -1,0 +1,166 @@
+"""Batches per domain with Grain. Batch t is a function of (seed, t): no loader state is kept.
+
+Each domain is shuffled by a seed of its own and wraps with a new shuffle when it ends, so a small
+domain is repeated while a large one is not finished once (the papers' balanced sampling).
+"""
+
+import dataclasses
+
+import grain
+import numpy as np
+
+from demix.data.packing import PACKINGS, sequences
+from demix.data.store import TokenStore
+from demix.errors import BadInput
+from demix.settings import nearest, option
+
+SAMPLINGS = ('balanced', 'proportional', 'weights')
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Which domains, how much of each, in what shape."""
+  path: str = option('', 'the token store that `prepare` wrote', operational=True)
+  domains: tuple = option((), 'training domains in order; (): all of role train, in store order')
+  sampling: str = option('balanced', 'balanced (equal sequences per domain, expert-major), '
+                                     'proportional (to size) or weights')
+  weights: dict = option({}, 'sampling=weights: share of each domain, --config.data.weights.NAME=2')
+  sequence_length: int = option(128, 'L, targets per sequence')
+  batch_size: int = option(32, 'B, sequences per update, over all domains')
+  packing: str = option('continuous', 'continuous (the papers) or document (no attention across '
+                                      'documents, restarted positions)')
+  domain_token: bool = option(False, '+DomainToken baseline: a <domain> symbol starts each block '
+                                     'and is never scored')
+
+  def check(self):
+    """Raises BadInput for values that cannot be."""
+    for name, known in (('sampling', SAMPLINGS), ('packing', PACKINGS)):
+      value = getattr(self, name)
+      if value not in known:
+        raise BadInput(f'data.{name}={value!r}: no such choice{nearest(value, known)}')
+    for name in ('sequence_length', 'batch_size'):
+      if getattr(self, name) < 1:
+        raise BadInput(f'data.{name}={getattr(self, name)} is below 1')
+    if len(set(self.domains)) != len(self.domains):
+      raise BadInput(f'data.domains={self.domains} names a domain twice')
+    if self.sampling == 'balanced' and self.domains and self.batch_size % len(self.domains):
+      n = len(self.domains)
+      raise BadInput(f'data.batch_size={self.batch_size} is not a multiple of {n} domains: '
+                     f'balanced batches need equal rows; try {self.batch_size // n * n or n} or '
+                     f'{(self.batch_size // n + 1) * n}')
+    if self.sampling == 'weights':
+      for name in self.domains:
+        if name not in self.weights:
+          raise BadInput(f'data.weights has no share for domain {name!r}: give '
+                         f'--config.data.weights.{name}=…')
+      for name, value in self.weights.items():
+        if name not in self.domains:
+          raise BadInput(f'data.weights.{name}: not one of the domains'
+                         f'{nearest(name, self.domains)}')
+        if not isinstance(value, (int, float)) or value < 0:
+          raise BadInput(f'data.weights.{name}={value!r}: a share is a number of at least 0')
+      if not sum(self.weights.values()) > 0:
+        raise BadInput('data.weights sum to 0: give at least one domain a share')
+
+  @property
+  def body_length(self) -> int:
+    """Targets of text per sequence: one less than L where a <domain> symbol takes a place."""
+    return self.sequence_length - self.domain_token
+
+
+def domain_row(row: dict, domain: int, symbol: int | None) -> dict:
+  """A row with its domain index and, for +DomainToken, the symbol id put before the text.
+
+  The symbol is visible to every segment only where there is one segment, so document packing
+  gives each row's first segment the symbol.
+  """
+  if symbol is not None:
+    row = {name: np.concatenate([x[:1], x]) for name, x in row.items()}
+    row['targets'][0], row['tokens'][0], row['weights'][0] = row['tokens'][1], symbol, 0
+    first = row['segments'] == row['segments'][0]
+    row['positions'][1:] += first[1:]
+  return {**row, 'domain': np.int32(domain)}
+
+
+class Batches:
+  """Random-access batches: `batches[t]` is a dict of arrays named as in docs/contracts.md.
+
+  Args:
+    store: an open token store.
+    config: a checked DataConfig with `domains` filled in.
+    seed: of all shuffles.
+    split: which split to draw from.
+    symbols: ids of the <domain> symbols, or None.
+  """
+
+  def __init__(self, store: TokenStore, config: DataConfig, seed: int, *, split: str = 'train',
+               symbols=None):
+    self.config, self.domains = config, config.domains
+    sources = [sequences(store, name, split, config.body_length, config.packing)
+               for name in self.domains]
+    self.lengths = {name: len(s) for name, s in zip(self.domains, sources)}
+    self.shares = self._shares()
+    for name, source, share in zip(self.domains, sources, self.shares):
+      rows = max(1, round(share * config.batch_size))
+      if len(source) < rows:
+        raise BadInput(f'{store.path}/{name}/{split}: {len(source)} sequences of '
+                       f'{config.sequence_length} tokens, one batch needs {rows}: add text, or '
+                       'lower data.batch_size or data.sequence_length')
+    # Seeds go by the place in the list, so that a renamed domain sees the same shuffles.
+    datasets = [
+        grain.MapDataset.source(source).seed(_seed(seed, place)).shuffle().repeat(None)
+        .map(_Tag(place, symbols[place] if symbols is not None else None))
+        for place, source in enumerate(sources)]
+    size = config.batch_size
+    if config.sampling == 'balanced':
+      each = [d.batch(size // len(datasets), batch_fn=stack) for d in datasets]
+      self._batches = grain.experimental.ZipMapDataset(each).map(_concatenate)
+    else:
+      kept = [(d, s) for d, s in zip(datasets, self.shares) if s > 0]
+      mixed = grain.MapDataset.mix([d for d, _ in kept], weights=[s for _, s in kept])
+      self._batches = mixed.batch(size, batch_fn=stack)
+
+  def _shares(self) -> list[float]:
+    kind = self.config.sampling
+    raw = [{'balanced': 1, 'proportional': max(1, self.lengths[n]),
+            'weights': self.config.weights.get(n, 0)}[kind] for n in self.domains]
+    return [r / sum(raw) for r in raw]
+
+  def __getitem__(self, t: int) -> dict:
+    return self._batches[t]
+
+  def iterate(self, start: int):
+    """Batches start, start + 1, …; one thread reads ahead."""
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+    iterator = iter(self._batches.to_iter_dataset(options))
+    iterator.set_state({'next_index': start})
+    return iterator
+
+  def epochs(self, batches: int) -> dict:
+    """{domain: passes over its sequences} after that many batches."""
+    rows = batches * self.config.batch_size
+    return {n: rows * s / max(1, self.lengths[n]) for n, s in zip(self.domains, self.shares)}
+
+
+class _Tag:
+  """Adds the domain to a row; a class, because Grain may pickle what it maps."""
+
+  def __init__(self, domain, symbol):
+    self.domain, self.symbol = domain, symbol
+
+  def __call__(self, row):
+    return domain_row(row, self.domain, self.symbol)
+
+
+def _seed(seed: int, place: int) -> int:
+  return int(np.random.SeedSequence([seed, place]).generate_state(1)[0]) >> 1
+
+
+def stack(rows) -> dict:
+  """Rows (dicts of [L], and domain) as a batch named by the contract: tokens_BL … domain_B."""
+  return {f'{name}_B' if name == 'domain' else f'{name}_BL': np.stack([row[name] for row in rows])
+          for name in rows[0]}
+
+
+def _concatenate(parts):
+  return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

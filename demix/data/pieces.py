@@ -1,0 +1,124 @@
+"""Where a long text may be cut so that the ids of its pieces are the ids of the whole.
+
+The tokenizer libraries need over a hundred bytes of memory per byte of the text that they hold, so
+a document of megabytes goes through them in pieces. Two cuts are exact, and nothing else is done:
+
+* Before white space that follows something else (`pattern`, `split`). The pre-tokenizers known here
+  never put both into one pre-token, look ahead past white space only, and never look back; a model
+  sees one pre-token at a time.
+* Inside an unbroken run (megabytes of letters, of blanks, of emoji), where the pre-tokenizer is
+  GPT-2's and the model plain byte-level BPE (`encode_run`). A sequence of tokens is the BPE of its
+  text if and only if every two neighbours are the BPE of theirs (shown in the write-up of GitHub's
+  crate `bpe`, "So many tokens, so little time"), so two encodings may be joined where the second
+  starts with the token that also followed in the first.
+"""
+
+import re
+
+import numpy as np
+
+SIZE = 1 << 16  # characters after which a piece ends at the next cut
+RUN = 1 << 18   # characters without a cut from which encode_run is worth its second look
+
+# Python's \s holds all white space of Unicode; U+180E was white space before Unicode 6.3.
+BEFORE_WHITE = re.compile(r'(?<=[^\s\u180e])[ \t\n\r]')
+_BEFORE_BLANK = re.compile(r'(?<=[^\s\u180e]) ')
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Their punctuation may take the line ends that follow it, so only blanks are safe.
+_BLANK_ONLY = tuple(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + numbers +
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    for numbers in (r'\p{N}{1,3}', r'\p{N}'))  # Llama 3 and cl100k; Qwen 2
+
+# Two neighbours that are in one run of the pre-tokenizer whatever its Unicode version. Not before an
+# apostrophe (but inside three): it starts a contraction there and is punctuation inside a run.
+_SAME_RUN = re.compile(
+    r"([^'])\1|''(?=')|[A-Za-z]{2}|[0-9]{2}|[!-&(-/:-@\[-`{-~]{2}|[\u0430-\u044f]{2}|"
+    r'[\u05d0-\u05ea]{2}|[\u0621-\u063a]{2}|[\u0905-\u0939]{2}|[\u0e01-\u0e2e]{2}|'
+    r'[\u3041-\u3094]{2}|[\u30a1-\u30fa]{2}|[\u4e00-\u9fa5]{2}|[\uac00-\ud7a3]{2}|'
+    r'[\U0001f300-\U0001f64f]{2}', re.DOTALL)
+_TRIES = 16  # joints to try before the rest is encoded whole
+
+
+def pattern(spec: dict):
+  """The pattern that matches where text may be cut, for a pipeline given as the dict of its
+  tokenizer.json; None where no cut is known to be exact."""
+  if spec.get('normalizer') or any(not t['special'] for t in spec.get('added_tokens', ())):
+    return None  # either may look across a cut
+  return {'gpt2': BEFORE_WHITE, 'blank': _BEFORE_BLANK}.get(_pre_tokenizer(spec))
+
+
+def cuts_runs(spec: dict) -> bool:
+  """Whether encode_run is exact for the pipeline: GPT-2's pre-tokenizer, plain byte-level BPE."""
+  model = spec['model']
+  return (pattern(spec) is not None and _pre_tokenizer(spec) == 'gpt2' and model['type'] == 'BPE'
+          and not any(model.get(k) for k in ('ignore_merges', 'dropout', 'unk_token',
+                                             'continuing_subword_prefix', 'end_of_word_suffix')))
+
+
+def _pre_tokenizer(spec):
+  pre = spec.get('pre_tokenizer') or {}
+  steps = pre['pretokenizers'] if pre.get('type') == 'Sequence' else [pre]
+  last = steps[-1]
+  if last.get('type') != 'ByteLevel' or last.get('add_prefix_space'):
+    return None
+  if len(steps) == 1:
+    return 'gpt2' if last.get('use_regex', True) else None
+  first = steps[0]
+  if len(steps) != 2 or first['type'] != 'Split' or last.get('use_regex', True) or \
+      (first['behavior'], first['invert']) not in (('Isolated', False), ('Removed', True)):
+    return None
+  regex = first['pattern'].get('Regex')
+  return 'gpt2' if regex == _GPT2 else 'blank' if regex in _BLANK_ONLY else None
+
+
+def split(text: str, cut, size: int = SIZE) -> list:
+  """`text` in pieces of at least `size` characters, cut where the pattern `cut` matches."""
+  if cut is None or len(text) <= size:
+    return [text]
+  out, start = [], 0
+  while len(text) - start > size and (at := cut.search(text, start + size)):
+    out.append(text[start:at.start()])
+    start = at.start()
+  return [*out, text[start:]]
+
+
+def encode_run(text: str, encode, token_bytes_V, window: int = 1 << 17) -> np.ndarray:
+  """The ids of `text`, `window` characters at a time.
+
+  Args:
+    text: what no pattern cuts.
+    encode: str -> ids; the exact encoding of what it is given.
+    token_bytes_V: int32 [V], bytes of text that each id stands for.
+    window: characters to encode at once.
+
+  Returns:
+    int32 ids, equal to encode(text). Where no joint is found the rest is encoded whole.
+  """
+  out, start, ids = [], 0, encode(text[:window])
+  while start + window < len(text):
+    for tries, (count, at) in enumerate(_joints(text, start, window, ids, token_bytes_V)):
+      following = encode(text[at:at + window])
+      if following[0] == ids[count]:
+        break
+      if tries == _TRIES:
+        return np.concatenate([*out, encode(text[start:])])
+    else:
+      return np.concatenate([*out, encode(text[start:])])
+    out.append(ids[:count])
+    start, ids = at, following
+  return np.concatenate([*out, ids])
+
+
+def _joints(text, start, window, ids, token_bytes_V):
+  """Yields (tokens before it, index in text) of ends of tokens inside a run, backwards from 7/8 of
+  the window: what the window cuts off at its end is behind them."""
+  data = np.frombuffer(text[start:start + window].encode(), np.uint8)
+  starts_char = (data & 0xC0) != 0x80
+  chars = np.cumsum(starts_char)
+  ends = np.cumsum(token_bytes_V[ids])
+  for count in range(int(np.searchsorted(ends, len(data) * 7 // 8)), 1, -1):
+    end = ends[count - 1]
+    at = start + int(chars[end]) - 1
+    if starts_char[end] and _SAME_RUN.match(text, at - 1):
+      yield count, at

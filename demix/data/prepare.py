@@ -1,0 +1,346 @@
+"""A corpus into a tokenizer and a token store.
+
+The store grows in a hidden folder beside its place and takes it when it is whole, so at any moment
+the place holds a finished store or none. Nothing is done where the inputs, the settings and the
+tokenizer are those of the store that is there.
+"""
+
+import contextlib
+import dataclasses
+import heapq
+from pathlib import Path
+
+import numpy as np
+import orjson
+import xxhash
+
+from demix import settings
+from demix.data import documents, duplicates, store, tokenizer
+from demix.data.building import Building, synced
+from demix.data.card import text as card_text
+from demix.errors import BadInput
+from demix.progress import Progress, quantity
+from demix.settings import option
+
+MAX_SAMPLE = 64 << 20
+LOCAL_TEXT = 'local_text'
+
+_BATCH = 1 << 19       # bytes of text that are encoded at once …
+_BATCH_TEXTS = 1 << 12  # … and documents
+_SAMPLE_DOCUMENT = 1 << 20  # no document gives the tokenizer's sample more than these bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareConfig:
+  """What defines a token store, besides its input."""
+  tokenizer: str = option('bpe', 'bytes, bpe (trained here), json (an existing tokenizer.json) or '
+                                 'sentencepiece (an existing model)')
+  tokenizer_path: str = option('', 'file of the tokenizer; json, sentencepiece')
+  vocab_size: int = option(8192, 'ids to learn, 256 bytes and end of document included; bpe')
+  sample_bytes: int = option(32 << 20, 'bytes of train text to learn from, in equal shares per '
+                                       'domain, at most 64 MiB; bpe')
+  domains: tuple = option((), 'domains and their order; empty: all folders, sorted')
+  novel: tuple = option((), 'domains for evaluation and adaptation only (role novel)')
+  max_record_bytes: int = option(16 << 20, 'bytes of one record (a line, a .txt file)')
+  on_bad_record: str = option('fail', 'fail, or skip: leave unreadable records out and count them')
+  max_bytes: int = option(0, "bytes of text to take of each domain's train split; 0: all")
+
+
+def prepare(input, out, config: PrepareConfig = PrepareConfig(), say=print) -> store.TokenStore:
+  """Makes the token store `out` from the corpus in `input`, unless it is there already.
+
+  Args:
+    input: a folder (see documents.LAYOUT), or 'local_text': text that lies on this machine, written
+      beside the store.
+    out: folder of the store; a store that is there is replaced if anything it depends on changed.
+    config: see PrepareConfig.
+    say: told, in whole lines, what was made and what is odd about it.
+
+  Raises:
+    BadInput: settings or input that cannot be used, or a place that is not for a store. What was
+      in `out` before stays as it was.
+    Locked: another process is making the same store.
+  """
+  out = Path(out).resolve()
+  _check(config)
+  made = _existing_tokenizer(config)
+  Building.check_place(out)
+  Building.recover(out)
+  if str(input) == LOCAL_TEXT:
+    input, config = _local_text(out, config)
+  input = Path(input)
+  folders = documents.find(input, config.domains)
+  names = [f.name for f in folders]
+  for name in config.novel:
+    if name not in names:
+      raise BadInput(f'config.novel: no domain {name!r}{settings.nearest(name, names)}')
+  if input.resolve() == out or input.resolve() in out.parents or out in input.resolve().parents:
+    raise BadInput(f'--out={out}: one of it and --input={input} lies in the other: keep the store '
+                   'beside the corpus')
+  described = _described(config)
+  present = _present(out)
+  with contextlib.ExitStack() as stack:
+    building = None
+    if present is None or present.card.get('config') != described:
+      building = stack.enter_context(Building(out))  # says now if nothing can be written there
+    sources, inputs = _sources(folders, made, config)
+    if building is None and present.card['inputs'] == inputs:
+      say(f'{out}: nothing to do, it is the store of these inputs and settings '
+          f'(fingerprint {present.fingerprint})')
+      return present
+    building = building or stack.enter_context(Building(out))
+    notes = []
+    made = made or _train(sources, config, notes.append)
+    card = _fill(building.path, sources, made, config, notes.append)
+    card |= {'inputs': inputs, 'config': described, 'fingerprint': store.card_fingerprint(card)}
+    _unchanged(sources)
+    building.publish(store.CARD, orjson.dumps(card, option=orjson.OPT_INDENT_2))
+  say('\n'.join([card_text(card), *notes]))
+  say(f'\n{out}: a token store of {made.vocab_size} ids, fingerprint {card["fingerprint"]}')
+  return store.TokenStore.open(out)
+
+
+def _check(config):
+  for key, allowed in (('tokenizer', tokenizer.KINDS), ('on_bad_record', ('fail', 'skip'))):
+    value = getattr(config, key)
+    if value not in allowed:
+      raise BadInput(f'config.{key}: {value!r} is not one of {", ".join(allowed)}')
+  for key, low, high in (('vocab_size', 257, 1 << 24), ('sample_bytes', 1 << 10, MAX_SAMPLE),
+                         ('max_record_bytes', 1, 1 << 30), ('max_bytes', 0, 1 << 62)):
+    value = getattr(config, key)
+    if not low <= value <= high:
+      raise BadInput(f'config.{key}: {value} is not from {low} to {high}')
+  path, kind = config.tokenizer_path, config.tokenizer
+  if kind in ('json', 'sentencepiece') and not path:
+    raise BadInput(f'config.tokenizer_path: missing, but tokenizer {kind!r} is a file: name it')
+  if kind in ('bytes', 'bpe') and path:
+    raise BadInput(f'config.tokenizer_path: {path!r}, but tokenizer {kind!r} has no file: set '
+                   '--config.tokenizer=json or sentencepiece, or leave it out')
+
+
+def _existing_tokenizer(config):
+  """The tokenizer that needs no training, or None."""
+  if config.tokenizer == 'json':
+    return tokenizer.JsonTokenizer.from_file(config.tokenizer_path)
+  if config.tokenizer == 'sentencepiece':
+    return tokenizer.SentencePieceTokenizer.from_file(config.tokenizer_path)
+  return tokenizer.ByteTokenizer() if config.tokenizer == 'bytes' else None
+
+
+def _local_text(out, config):
+  from demix.data import local_text
+  folder = out.with_name(f'{out.name}_text')
+  try:
+    roles = local_text.write(folder, config.domains or None)
+  except OSError as e:
+    raise BadInput(f'--out={out}: cannot write its text to {folder} ({e.strerror}): name a folder '
+                   'in a writable place') from None
+  novel = config.novel or tuple(n for n, about in roles.items() if about['role'] == 'novel')
+  return folder, dataclasses.replace(config, novel=novel, domains=config.domains or tuple(roles))
+
+
+def _described(config):
+  """The settings as a card has them; of a path only the name, so that a card names no machine."""
+  described = settings.to_dict(config) | {'tokenizer_path': Path(config.tokenizer_path).name}
+  return orjson.loads(orjson.dumps(described))
+
+
+def _present(out):
+  """The usable store in `out`, or None."""
+  try:
+    return store.TokenStore.open(out)
+  except BadInput:
+    return None
+
+
+def _sources(folders, made, config):
+  """([Source], {relative path: digest}) of the corpus; the tokenizer's file is an input too."""
+  total = sum(p.stat().st_size for f in folders for p in f.iterdir() if p.is_file())
+  with _Bytes(total, 'reading') as progress:
+    sources = [documents.source(f, progress) for f in folders]
+  inputs = {k: v for s in sources for k, v in s.digests.items()}
+  if config.tokenizer_path:  # no domain is called so
+    inputs[f'tokenizer/{Path(config.tokenizer_path).name}'] = made.fingerprint
+  return sources, inputs
+
+
+class _Bytes(Progress):
+  """Progress over bytes, told how many more were read."""
+
+  def __init__(self, total, label):
+    super().__init__(total, 'B', label)
+    self._read = 0
+
+  def __call__(self, count):
+    self._read += count
+    self.update(self._read)
+
+
+def _train(sources, config, say):
+  """Trains byte-level BPE on a sample of the train splits of the domains that models train on."""
+  sources = [s for s in sources if s.name not in config.novel]
+  if not sources:
+    raise BadInput('config.novel: all domains are novel, so tokenizer bpe has no text to learn '
+                   'from: leave one out, or use tokenizer bytes')
+  share, sample = config.sample_bytes // len(sources), []
+  with _Bytes(sum(s.sizes['train'] for s in sources), 'sampling for the tokenizer') as progress:
+    for source in sources:
+      sample += _sample(source, share, config, progress)
+  total = sum(map(len, sample))
+  with Progress(0, 'B', 'training the tokenizer') as progress:
+    progress.update(total)
+    texts = (sample.pop().decode('utf-8', 'ignore') for _ in range(len(sample)))
+    made = tokenizer.BpeTokenizer.train(texts, config.vocab_size)
+  say(f'tokenizer: byte-level BPE, {made.vocab_size} ids learnt from {quantity(total)}B of '
+      f'{len(sources)} domains')
+  if made.vocab_size < config.vocab_size:
+    say(f'warning: config.vocab_size={config.vocab_size}, but so little text gave only '
+        f'{made.vocab_size} ids')
+  return made
+
+
+def _sample(source, share, config, progress):
+  """The UTF-8 of the documents of lowest hash that have `share` bytes together: the same whatever
+  their order."""
+  heap, total, bound = [], 0, 1 << 64
+  cut = min(share, _SAMPLE_DOCUMENT)
+  reader = _reader(config, progress)
+  for _, data in reader.texts(source.splits['train']):
+    key = xxhash.xxh3_64_intdigest(data)
+    if key >= bound:
+      continue
+    data = data[:cut]
+    heapq.heappush(heap, (-key, data))
+    total += len(data)
+    while total > share:
+      key, data = heapq.heappop(heap)
+      bound, total = -key, total - len(data)
+  return [data for _, data in heap]
+
+
+def _reader(config, progress):
+  return documents.Reader(config.max_record_bytes, config.on_bad_record == 'skip', progress)
+
+
+def _fill(folder, sources, made, config, say):
+  """Writes tokens, documents and the tokenizer into `folder`; returns what the card says of it."""
+  made.save(folder / 'tokenizer')
+  domains, hashes = {}, {}
+  (folder / 'hashes').mkdir()
+  with _Bytes(sum(sum(s.sizes.values()) for s in sources), 'tokenizing') as progress:
+    for source in sources:
+      entries = {}
+      for split, files in source.splits.items():
+        name = f'{source.name}/{split}'
+        hashes[name] = folder / 'hashes' / f'{len(hashes)}'
+        limit = config.max_bytes if split == 'train' else 0
+        entries[split] = _Split(folder / name, hashes[name], made).write(
+            name, files, _reader(config, progress), limit, say)
+      domains[source.name] = {'role': 'novel' if source.name in config.novel else 'train',
+                              'splits': entries}
+      if missing := [s for s in documents.SPLITS if s not in entries]:
+        say(f'warning: {source.name} has no {" and no ".join(missing)} split')
+      if source.unused:
+        say(f'warning: {source.name}: not used: {", ".join(source.unused[:6])}'
+            f'{" …" if source.unused[6:] else ""}')
+  shared = duplicates.shared(hashes)
+  for file in hashes.values():
+    file.unlink()
+  (folder / 'hashes').rmdir()
+  return {'version': store.VERSION, 'tokenizer': made.meta(), 'domains': domains,
+          'duplicates': shared}
+
+
+class _Split:
+  """Writes tokens.bin and documents.npy of one split, and the digests of its documents."""
+
+  def __init__(self, folder, hashes, made):
+    folder.mkdir(parents=True)
+    self._folder, self._hashes, self._tokenizer = folder, hashes, made
+    self._dtype = store.token_dtype(made.vocab_size)
+    self._tokens = self._documents = self._bytes = self._spelt = self._unknown = 0
+
+  def write(self, name, files, reader, limit, say) -> dict:
+    """Writes the documents of `files` until `limit` bytes of text (0: all); returns the card's
+    entry."""
+    digests = xxhash.xxh3_128(), xxhash.xxh3_128()
+    with open(self._folder / 'tokens.bin', 'wb') as tokens, \
+        open(self._folder / 'documents.npy', 'wb') as table, open(self._hashes, 'wb') as hashes:
+      _header(table, 0)
+      start = table.tell()
+      for texts, data in _batches(reader.texts(files), limit):
+        ids, rows = self._encode(texts, [len(d) for d in data])
+        for file, array, digest in ((tokens, ids, digests[0]), (table, rows, digests[1])):
+          file.write(array)
+          digest.update(array)
+        hashes.write(b''.join(map(xxhash.xxh3_128_digest, data)))
+      table.seek(0)
+      _header(table, self._documents)  # numpy leaves room for the count to grow
+      assert table.tell() == start
+      synced(tokens), synced(table)
+    if not self._documents:
+      raise BadInput(f'{files[0]}: no document with text in {name} ({reader.empty} empty, '
+                     f'{reader.bad} unreadable): add some, or remove the split')
+    self._remark(name, reader, say)
+    return {'documents': self._documents, 'bytes': self._bytes, 'tokens': self._tokens,
+            'tokens_per_byte': self._tokens / self._bytes, 'skipped': reader.bad + reader.empty,
+            'tokens_digest': digests[0].hexdigest(), 'documents_digest': digests[1].hexdigest()}
+
+  def _encode(self, texts, sizes):
+    made, parts = self._tokenizer, []
+    encoded = made.encode(texts)
+    for ids in encoded:
+      parts += [ids, [made.eod_id]]
+    ids = np.concatenate(parts)
+    ends = np.cumsum([len(p) + 1 for p in encoded])
+    if np.count_nonzero(ids == made.eod_id) != len(texts):
+      raise BadInput(f'the tokenizer gives its end-of-document id {made.eod_id} for text: use '
+                     'another tokenizer')
+    rows = np.stack([self._tokens + ends, sizes], axis=1).astype('<i8')
+    self._tokens += len(ids)
+    self._documents += len(texts)
+    self._bytes += sum(sizes)
+    self._spelt += int(made.token_bytes_V[ids].sum())
+    if made.unknown_id is not None:
+      self._unknown += int(np.count_nonzero(ids == made.unknown_id))
+    return ids.astype(self._dtype), rows
+
+  def _remark(self, name, reader, say):
+    if reader.bad:
+      say(f'warning: {name}: {reader.bad} unreadable records left out; first: {reader.first_bad}')
+    if reader.empty:
+      say(f'warning: {name}: {reader.empty} empty texts left out')
+    if self._unknown:
+      say(f'warning: {name}: {self._unknown} of {self._tokens} ids are "unknown": the vocabulary '
+          'cannot spell that text')
+    if abs(self._spelt - self._bytes) > 1e-3 * self._bytes:
+      say(f'warning: {name}: its ids stand for {self._spelt} bytes, its text has {self._bytes}: '
+          'bits per byte will be approximate')
+
+
+def _header(file, rows):
+  np.lib.format.write_array_header_1_0(
+      file, {'descr': '<i8', 'fortran_order': False, 'shape': (rows, 2)})
+
+
+def _batches(texts, limit):
+  """Yields ([text], [its UTF-8]) of about _BATCH bytes, until `limit` bytes (0: no limit)."""
+  batch, held, total = ([], []), 0, 0
+  for text, data in texts:
+    batch[0].append(text)
+    batch[1].append(data)
+    held, total = held + len(data), total + len(data)
+    if held >= _BATCH or len(batch[0]) >= _BATCH_TEXTS:
+      yield batch
+      batch, held = ([], []), 0
+    if limit and total >= limit:
+      break
+  if batch[0]:
+    yield batch
+
+
+def _unchanged(sources):
+  for source in sources:
+    for path, stamp in source.stamps.items():
+      if documents.stamp(path) != stamp:
+        raise BadInput(f'{path}: it changed while it was read: run prepare again')

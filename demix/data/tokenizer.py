@@ -1,0 +1,359 @@
+"""Text into ids and back, with one end-of-document id that no text produces.
+
+Kinds: `bytes` (ids 0..255), `bpe` (byte-level BPE trained here), `json` (an existing Hugging Face
+`tokenizer.json`) and `sentencepiece` (an existing model). Only the last three import a library,
+and only when they are made.
+"""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import orjson
+import xxhash
+
+from demix.data import pieces
+from demix.errors import BadInput
+
+VERSION = 1
+KINDS = ('bytes', 'bpe', 'json', 'sentencepiece')
+END = '<|endoftext|>'
+ENDS = (END, '</s>', '<eos>', '<|end_of_text|>', '<|eos|>')  # ends of document others use
+
+_FILES = {'bytes': None, 'bpe': 'tokenizer.json', 'json': 'tokenizer.json',
+          'sentencepiece': 'sentencepiece.model'}
+# The libraries take about 130 bytes of memory per byte of text that they work on at once.
+_BATCH = 1 << 19
+
+
+class Tokenizer:
+  """What every kind has; make one with `load`, `ByteTokenizer()`, `bpe.train` or `from_file`.
+
+  Attributes:
+    kind: one of KINDS.
+    vocab_size: V: every id is below it.
+    eod_id: the end-of-document id; no text produces it.
+    unknown_id: the id of text that the vocabulary cannot spell, or None.
+    token_bytes_V: int32 [V], bytes of text that an id stands for; end of document and other
+      control ids 0. Exact for `bytes` and byte-level vocabularies.
+    fingerprint: xxh3-128 over the content: kind, ids, token bytes, model file.
+  """
+  kind: str
+
+  def __init__(self, vocab_size: int, eod_id: int, token_bytes_V, model: bytes = b''):
+    self.vocab_size, self.eod_id, self.unknown_id = int(vocab_size), int(eod_id), None
+    self.token_bytes_V = np.asarray(token_bytes_V, np.int32)
+    self._model = model
+    self.fingerprint = _fingerprint(self.kind, self.vocab_size, self.eod_id, self.token_bytes_V,
+                                    model)
+
+  @staticmethod
+  def load(folder) -> 'Tokenizer':
+    """The tokenizer saved in `folder`. BadInput: missing, another version, or not the content
+    that its fingerprint names."""
+    folder = Path(folder)
+    meta, token_bytes_V = read_meta(folder)
+    kind = _kind(meta['kind'])
+    model = (folder / _FILES[meta['kind']]).read_bytes() if _FILES[meta['kind']] else b''
+    return kind(meta['vocab_size'], meta['eod_id'], token_bytes_V, model)
+
+  def __reduce__(self):  # the libraries' objects do not keep their settings in a pickle
+    return type(self), (self.vocab_size, self.eod_id, self.token_bytes_V, self._model)
+
+  def save(self, folder):
+    """Writes the tokenizer's files into `folder` (made if need be); meta.json last."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if self._model:
+      (folder / _FILES[self.kind]).write_bytes(self._model)
+    np.save(folder / 'token_bytes.npy', self.token_bytes_V.astype('<i4'))
+    (folder / 'meta.json').write_bytes(orjson.dumps(self.meta(), option=orjson.OPT_INDENT_2))
+
+  def meta(self) -> dict:
+    """What tokenizer/meta.json and a data card say of it."""
+    return {'version': VERSION, 'kind': self.kind, 'vocab_size': self.vocab_size,
+            'eod_id': self.eod_id, 'fingerprint': self.fingerprint}
+
+  def encode(self, texts: list) -> list:
+    """int32 ids of each text, without an end-of-document id. Ordinary text only: the spelling of
+    a special token in a text is text."""
+    raise NotImplementedError
+
+  def decode(self, ids) -> str:
+    """The text of `ids`; ids of no text (end of document) add nothing, invalid UTF-8 becomes
+    U+FFFD. BadInput: an id that is not in the vocabulary."""
+    ids = np.asarray(ids).reshape(-1)
+    if len(ids) and not (0 <= int(ids.min()) and int(ids.max()) < self.vocab_size):
+      bad = next(int(i) for i in ids if not 0 <= i < self.vocab_size)
+      raise BadInput(f'id {bad}: the tokenizer has ids 0 to {self.vocab_size - 1}')
+    return self._decode([int(i) for i in ids if i != self.eod_id])
+
+  def _decode(self, ids):
+    raise NotImplementedError
+
+
+class ByteTokenizer(Tokenizer):
+  """UTF-8 bytes as ids 0..255; end of document is 256."""
+  kind = 'bytes'
+
+  def __init__(self, vocab_size=257, eod_id=256, token_bytes_V=None, model=b''):
+    super().__init__(257, 256, np.arange(257) < 256)
+
+  def encode(self, texts):
+    return [np.frombuffer(t.encode(), np.uint8).astype(np.int32) for t in texts]
+
+  def _decode(self, ids):
+    return bytes(ids).decode('utf-8', 'replace')
+
+
+def read_meta(folder: Path):
+  """(meta, token_bytes_V) of the tokenizer saved in `folder`, checked against its fingerprint.
+
+  Raises:
+    BadInput: a file is missing or broken, the version is another, or the content changed.
+  """
+  try:
+    meta = orjson.loads((folder / 'meta.json').read_bytes())
+    if not isinstance(meta, dict) or meta.get('version') != VERSION:
+      version = meta.get('version') if isinstance(meta, dict) else None
+      raise BadInput(f'{folder / "meta.json"}: version {version!r}, this demix reads {VERSION}: '
+                     'prepare the token store again')
+    token_bytes_V = np.load(folder / 'token_bytes.npy', allow_pickle=False)
+    name = _FILES[meta['kind']]
+    model = (folder / name).read_bytes() if name else b''
+    found = _fingerprint(meta['kind'], meta['vocab_size'], meta['eod_id'], token_bytes_V, model)
+  except FileNotFoundError as e:
+    raise BadInput(f'{e.filename}: no such file of a tokenizer: prepare the token store '
+                   'again') from None
+  except (ValueError, KeyError, TypeError) as e:
+    raise BadInput(f'{folder}: broken tokenizer ({type(e).__name__}: {e}): prepare the token '
+                   'store again') from None
+  if found != meta['fingerprint']:
+    raise BadInput(f'{folder}: its files have fingerprint {found}, but meta.json says '
+                   f'{meta["fingerprint"]}: prepare the token store again')
+  return meta, token_bytes_V
+
+
+def _fingerprint(kind, vocab_size, eod_id, token_bytes_V, model):
+  digest = xxhash.xxh3_128(orjson.dumps([kind, vocab_size, eod_id]))
+  digest.update(np.ascontiguousarray(token_bytes_V, '<i4'))
+  digest.update(model)
+  return digest.hexdigest()
+
+
+class JsonTokenizer(Tokenizer):
+  """A pipeline of Hugging Face `tokenizers`. Special tokens are never read from text."""
+  kind = 'json'
+
+  def __init__(self, vocab_size, eod_id, token_bytes_V, model):
+    super().__init__(vocab_size, eod_id, token_bytes_V, model)
+    spec = orjson.loads(model)
+    self._cut, self._cuts_runs = pieces.pattern(spec), pieces.cuts_runs(spec)
+    self.unknown_id = _unknown_of(spec)
+    self._engine = _engine(model)
+
+  @classmethod
+  def from_file(cls, path) -> 'JsonTokenizer':
+    """The pipeline in the file `path`, or in its `tokenizer.json` where `path` is a folder.
+
+    Its own end-of-document token is used where it is one of ENDS, special, and shown to be out of
+    reach of text; else one id is added.
+
+    Raises:
+      BadInput: no such file, not a pipeline of `tokenizers`, or one that draws at random.
+    """
+    path = Path(path)
+    model = _read(path / 'tokenizer.json' if path.is_dir() else path)
+    try:
+      engine = _engine(model)
+    except Exception as e:  # the library raises nothing narrower
+      raise BadInput(f'{path}: not a tokenizer.json of Hugging Face tokenizers ({e})') from None
+    spec = orjson.loads(model)
+    if spec['model'].get('dropout'):
+      raise BadInput(f'{path}: BPE dropout {spec["model"]["dropout"]} draws ids at random: remove '
+                     '"dropout" from its model')
+    size = max(engine.get_vocab(with_added_tokens=True).values()) + 1
+    end = _end_of(spec, engine.get_vocab(with_added_tokens=False))
+    eod_id, size = (size, size + 1) if end is None else (end, size)
+    return cls(size, eod_id, _token_bytes(spec, engine, size, eod_id), model)
+
+  def encode(self, texts):
+    parts, batch, cost = [[] for _ in texts], [], 0
+
+    def flush():
+      encodings = self._engine.encode_batch_fast([p for _, p in batch], add_special_tokens=False)
+      for (i, _), encoding in zip(batch, encodings):
+        parts[i].append(np.array(encoding.ids, np.int32))
+      batch.clear()
+
+    for i, text in enumerate(texts):
+      for piece in pieces.split(text, self._cut):
+        if self._cuts_runs and len(piece) > pieces.RUN:
+          flush()
+          parts[i].append(pieces.encode_run(piece, self._ids, self.token_bytes_V))
+          cost = 0
+          continue
+        batch.append((i, piece))
+        cost += len(piece) if piece.isascii() else 3 * len(piece)
+        if cost > _BATCH:
+          flush()
+          cost = 0
+    flush()
+    return [p[0] if len(p) == 1 else np.concatenate(p) for p in parts]
+
+  def _ids(self, text):
+    return np.array(self._engine.encode_batch_fast([text], add_special_tokens=False)[0].ids,
+                    np.int32)
+
+  def _decode(self, ids):
+    return self._engine.decode(ids, skip_special_tokens=False)
+
+
+class BpeTokenizer(JsonTokenizer):
+  """Byte-level BPE with GPT-2's pre-tokenizer, trained here; any text comes back unchanged."""
+  kind = 'bpe'
+
+  @classmethod
+  def train(cls, texts, vocab_size: int) -> 'BpeTokenizer':
+    """Learns up to `vocab_size` ids (256 bytes, end of document, merges) from `texts`.
+
+    The same texts give the same ids, whatever their order.
+    """
+    from tokenizers import Tokenizer as Engine
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+    engine = Engine(models.BPE())
+    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    engine.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, min_frequency=2, special_tokens=[END], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    # The library holds 256 items at once, so they are small.
+    parts = (p for t in texts for p in pieces.split(_short_runs(t), pieces.BEFORE_WHITE, 1 << 13))
+    engine.train_from_iterator(parts, trainer)
+    model = engine.to_str().encode()
+    size, eod_id = engine.get_vocab_size(), engine.token_to_id(END)
+    return cls(size, eod_id, _token_bytes(orjson.loads(model), engine, size, eod_id), model)
+
+
+class SentencePieceTokenizer(Tokenizer):
+  """An existing SentencePiece model; text comes back as its normaliser left it."""
+  kind = 'sentencepiece'
+
+  def __init__(self, vocab_size, eod_id, token_bytes_V, model):
+    super().__init__(vocab_size, eod_id, token_bytes_V, model)
+    self._engine = _processor(model)
+    self.unknown_id = self._engine.unk_id()
+
+  @classmethod
+  def from_file(cls, path) -> 'SentencePieceTokenizer':
+    """The model in the file `path`. Its `</s>` ends documents where it is a control piece, which no
+    text produces; else one id is added. BadInput: no such file, or not a model."""
+    path = Path(path)
+    model = _read(path)
+    try:
+      engine = _processor(model)
+      size = engine.piece_size()
+    except Exception as e:
+      raise BadInput(f'{path}: not a SentencePiece model ({e})') from None
+    eod_id = engine.eos_id()
+    if eod_id < 0 or not engine.is_control(eod_id):
+      eod_id, size = size, size + 1
+    token_bytes_V = np.zeros(size, np.int32)
+    for i in range(engine.piece_size()):
+      if engine.is_byte(i):
+        token_bytes_V[i] = 1
+      elif not (engine.is_control(i) or engine.is_unknown(i) or engine.is_unused(i)):
+        token_bytes_V[i] = _text_bytes(engine.id_to_piece(i))
+    return cls(size, eod_id, token_bytes_V, model)
+
+  def encode(self, texts):
+    return [np.array(ids, np.int32) for ids in self._engine.encode(texts, out_type=int)]
+
+  def _decode(self, ids):
+    return self._engine.decode(ids)
+
+
+def _kind(name):
+  return {c.kind: c for c in (ByteTokenizer, BpeTokenizer, JsonTokenizer,
+                              SentencePieceTokenizer)}[name]
+
+
+def _read(path):
+  try:
+    return path.read_bytes()
+  except OSError as e:
+    raise BadInput(f'{path}: cannot read the tokenizer ({e.strerror})') from None
+
+
+def _engine(model: bytes):
+  from tokenizers import Tokenizer as Engine
+  engine = Engine.from_str(model.decode())
+  engine.no_truncation()
+  engine.no_padding()
+  engine.encode_special_tokens = True  # special tokens spelled in text are text
+  return engine
+
+
+def _processor(model: bytes):
+  from sentencepiece import SentencePieceProcessor
+  return SentencePieceProcessor(model_proto=model)
+
+
+def _short_runs(text):
+  """`text` without runs that make training quadratic: a break every 256 characters of a word, and
+  no more than 256 blanks in a row."""
+  text = re.sub(r'(\S{256})(?=\S)', r'\1\n', text)
+  return re.sub(r'(\s{256})\s+', r'\1', text)
+
+
+def _end_of(spec, vocabulary):
+  """The id of the pipeline's end-of-document token if text cannot reach it, else None."""
+  ids = {t['content']: t['id'] for t in spec.get('added_tokens', ()) if t['special']}
+  for end in ENDS:
+    if end in ids and (end not in vocabulary or not _reachable(spec['model'], end)):
+      return ids[end]
+  return None
+
+
+def _reachable(model, token):
+  """Whether the model itself could give `token` for a text; False only where that is certain."""
+  if model['type'] != 'BPE' or model.get('ignore_merges') or model.get('unk_token') == token:
+    return True
+  merged = {m.replace(' ', '') if isinstance(m, str) else ''.join(m) for m in model['merges']}
+  return len(token) < 2 or token in merged
+
+
+def _unknown_of(spec):
+  model = spec['model']
+  if model.get('unk_id') is not None:
+    return model['unk_id']
+  return model['vocab'].get(model.get('unk_token')) if isinstance(model['vocab'], dict) else None
+
+
+def _token_bytes(spec, engine, size, eod_id):
+  """int32 [size]: see Tokenizer.token_bytes_V."""
+  model, decoder = spec['model'], spec.get('decoder') or {}
+  byte_level = any(d.get('type') == 'ByteLevel' for d in decoder.get('decoders', [decoder]))
+  out = np.zeros(size, np.int32)
+  for token, i in engine.get_vocab(with_added_tokens=False).items():
+    if byte_level:  # one character of the alphabet per byte
+      out[i] = len(token)
+    elif model.get('byte_fallback') and re.fullmatch(r'<0x[0-9A-F]{2}>', token):
+      out[i] = 1
+    else:
+      token = token.removeprefix(model.get('continuing_subword_prefix') or '')
+      suffix = model.get('end_of_word_suffix')
+      out[i] = _text_bytes(token.removesuffix(suffix) + ' ' if suffix and token.endswith(suffix)
+                           else token)
+  for token in spec.get('added_tokens', ()):
+    out[token['id']] = 0 if token['special'] else len(token['content'].encode())
+  unknown = _unknown_of(spec)
+  for i in (eod_id, unknown):
+    if i is not None:
+      out[i] = 0
+  return out
+
+
+def _text_bytes(piece):
+  """UTF-8 bytes of a piece; its sign for a blank is one byte."""
+  return len(piece.replace('\u2581', ' ').encode())

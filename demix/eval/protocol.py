@@ -1,0 +1,112 @@
+"""The evaluation of several models on the domains of one store: what `evaluate` does."""
+
+from demix import reference
+from demix.config import digest
+from demix.data.store import TokenStore
+from demix.errors import BadInput
+from demix.eval import perplexity, results
+from demix.progress import Progress
+from demix.settings import nearest
+from demix.train import domain_symbols
+
+
+def evaluate(models: dict, *, data: str = '', domains=(), split: str = 'test', stride: int = 0,
+             limit: int = 0, batch_size: int = 32, force: str = '') -> dict:
+  """Scores models on domains.
+
+  Args:
+    models: {run name: model reference}.
+    data: token store; the first model's own if ''.
+    domains: names; () for all that have the split.
+    split, stride, limit, batch_size: see perplexity.evaluate.
+    force: expert or <domain> symbol for domains that a model was not trained on; '' takes the one
+      with the lowest NLL on the domain's valid text.
+
+  Returns:
+    The content of results.json.
+
+  Raises:
+    BadInput: unknown model, domain or expert; a tokenizer that differs from a checkpoint's.
+  """
+  if stride < 0 or limit < 0 or batch_size < 1:
+    raise BadInput(f'--stride={stride} --limit={limit} --batch_size={batch_size}: at least 0, 0, 1')
+  loaded = {name: reference.load(ref) for name, ref in models.items()}
+  store = TokenStore.open(data or next(iter(loaded.values())).config.data.path)
+  for name in domains:
+    if split not in store.splits(name):
+      raise BadInput(f'{store.path}/{name} has no {split} text')
+  domains = domains or tuple(d for d in store.domains if split in store.splits(d))
+  if not domains:
+    raise BadInput(f'{store.path} has no {split} text{nearest(split, ("train", "valid", "test"))}')
+  for name, one in loaded.items():
+    check_tokenizer(name, one, store)
+  runs, rows, seen = {}, [], set()
+  for name, one in loaded.items():
+    seen |= set(one.domains)
+    runs[name] = run_entry(one)
+    rows += rows_of(name, one, store, domains, split, stride, limit, batch_size, force)
+  heldout = [d for d in domains if d not in seen]
+  seed = next(iter(loaded.values())).config.seed
+  return results.results(runs, rows, seed=seed, heldout=heldout)
+
+
+def check_tokenizer(name, loaded, store):
+  """Raises BadInput when a checkpoint's tokenizer is not the store's."""
+  had, has = loaded.meta['tokenizer'], store.tokenizer_meta['fingerprint']
+  if had != has:
+    raise BadInput(f'run {name} was trained with tokenizer {had}, {store.path} has {has}: '
+                   'prepare the text with the tokenizer of the run')
+
+
+def run_entry(loaded) -> dict:
+  """A run's entry in results.json: the ledger of its checkpoint."""
+  total, active = loaded.model.counts()
+  ledger = loaded.meta['ledger']
+  return {'train_tokens': ledger['tokens'], 'train_flops': ledger['flops'],
+          'params_total': total, 'params_active': active, 'seconds': ledger['seconds'],
+          'config_digest': digest(loaded.meta['identity']), 'seed': loaded.config.seed,
+          'step': loaded.step, 'content_digest': loaded.meta['content_digest']}
+
+
+def rows_of(name, loaded, store, domains, split, stride, limit, batch_size, force) -> list[dict]:
+  """One row of results.json per domain for one model."""
+  config, model = loaded.config, loaded.model
+  symbols, length = domain_symbols(config), config.data.sequence_length
+  routed = model.config.ffn == 'demix' or symbols is not None
+  if force and routed and force not in loaded.domains:
+    raise BadInput(f'--force={force}: run {name} has no such domain'
+                   f'{nearest(force, loaded.domains)}')
+  parts = []
+  for domain in domains:
+    route = 0
+    if routed:
+      if domain in loaded.domains:
+        route = loaded.domains.index(domain)
+      elif force:
+        route = loaded.domains.index(force)
+      elif 'valid' not in store.splits(domain):
+        raise BadInput(f'{store.path}/{domain} has no valid text to choose an expert by: name one '
+                       'with --force')
+      else:
+        route = perplexity.best_route(
+            model, loaded.params, store, domain, routes=len(loaded.domains), length=length,
+            limit=limit, symbols=symbols, batch_size=batch_size)
+    parts.append(perplexity.Part(domain, split, route))
+  total = perplexity.windows(store, parts, length - (symbols is not None), stride, limit)
+  with Progress(total, 'windows', f'evaluate {name}') as progress:
+    scores = perplexity.evaluate(
+        model, loaded.params, store, parts, length=length, batch_size=batch_size, stride=stride,
+        limit=limit, symbols=symbols, progress=progress.update)
+  def mix(part):
+    if model.config.ffn == 'demix':
+      return f'expert:{loaded.domains[part.route]}'
+    if loaded.expert:
+      return f'expert:{loaded.expert}'
+    return 'none' if symbols is None else f'token:{loaded.domains[part.route]}'
+  return [results.row(name, mix(p), p.domain, split, s) for p, s in zip(parts, scores)]
+
+
+def report(content: dict) -> str:
+  """Both tables and the ledger, for a terminal."""
+  return '\n\n'.join([results.table(content, 'perplexity'),
+                      results.table(content, 'bits_per_byte'), results.ledger(content)])

@@ -1,0 +1,65 @@
+"""The dense feed-forward layer: down(act(up(x))) or, for SwiGLU, down(silu(gate(x)) · up(x))."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from demix.layers import initializers
+
+ACTIVATIONS = {
+    'gelu': functools.partial(jax.nn.gelu, approximate=False),
+    'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True),
+    'swiglu': jax.nn.silu,
+}
+
+
+def weights(config, rngs: nnx.Rngs) -> dict:
+  """A fresh feed-forward layer's leaves: up [D, F], down [F, D], gate [D, F] and biases."""
+  c, D, F = config, config.d_model, config.ff_width
+  leaves = {'up': initializers.feed_forward_input(rngs.params(), (D, F), c.init)}
+  leaves['down'] = initializers.feed_forward_output(rngs.params(), (F, D), c.init, c.layers)
+  if c.activation == 'swiglu':
+    leaves['gate'] = initializers.feed_forward_input(rngs.params(), (D, F), c.init)
+  if c.biases:
+    leaves['up_bias'] = initializers.feed_forward_bias(rngs.params(), F, D, c.init)
+    leaves['down_bias'] = initializers.feed_forward_bias(rngs.params(), D, F, c.init)
+  return leaves
+
+
+def forward(leaves: dict, x, activation: str):
+  """Applies a feed-forward layer, or a batch of them.
+
+  Args:
+    leaves: as `weights` makes them, each with the same leading axes G (none for one layer).
+    x: [G, ..., L, D] tokens; every axis of G has its own weights.
+    activation: a key of ACTIVATIONS.
+
+  Returns:
+    The shape and dtype of x.
+  """
+  act = ACTIVATIONS[activation]
+  def product(x, name):
+    y = x @ leaves[name].astype(x.dtype)
+    bias = leaves.get(f'{name}_bias')
+    return y if bias is None else y + jnp.expand_dims(bias, -2).astype(x.dtype)
+  h = product(x, 'up')
+  h = act(product(x, 'gate')) * h if 'gate' in leaves else act(h)
+  return product(h, 'down')
+
+
+class FeedForward(nnx.Module):
+  """One feed-forward layer for all domains."""
+
+  def __init__(self, config, *, rngs: nnx.Rngs):
+    self.activation, self.names = config.activation, ()
+    for name, value in weights(config, rngs).items():
+      setattr(self, name, nnx.Param(value))
+      self.names += (name,)
+
+  def __call__(self, x_BLD, route=None, balanced=False):
+    """x [B, L, D] → [B, L, D]; `route` is ignored (one dispatch contract for every FFN)."""
+    leaves = {n: getattr(self, n)[...] for n in self.names}
+    B, L, D = x_BLD.shape
+    return forward(leaves, x_BLD.reshape(B * L, D), self.activation).reshape(B, L, D)

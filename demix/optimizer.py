@@ -1,0 +1,130 @@
+"""AdamW as the papers train with it: schedules, the true-norm clip, a decay mask by path, and no
+movement at all for experts that a batch did not touch."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from demix import tree
+from demix.errors import BadInput
+from demix.settings import nearest, option
+
+SCHEDULES = ('linear', 'cosine', 'wsd', 'constant')
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """AdamW and its schedule. The defaults are the papers' recipe (papers.md §1.2)."""
+  learning_rate: float = option(5e-4, 'peak learning rate')
+  schedule: str = option('linear', 'after warm-up: linear or cosine decay, wsd (warm-up, stable, '
+                                   'linear decay at the end) or constant')
+  schedule_steps: int = option(0, 'steps the schedule is laid out for; 0: train.steps at the '
+                                  'first start')
+  warmup_share: float = option(0.08, 'share of schedule_steps spent on linear warm-up')
+  decay_share: float = option(0.2, 'wsd only: share of schedule_steps spent on the final decay')
+  final_ratio: float = option(0.0, 'learning rate at the end, as a share of the peak')
+  b1: float = option(0.9, 'decay of the first moment')
+  b2: float = option(0.95, 'decay of the second moment')
+  eps: float = option(1e-7, 'added to the root of the second moment')
+  weight_decay: float = option(0.1, 'decoupled weight decay, times the learning rate')
+  no_decay: str = option('', "regex of leaves without decay ('bias|norm|embed'); '': all decay, "
+                             'as in the papers')
+  clip: float = option(0.1, 'global L2 norm that gradients are clipped to; 0: no clip')
+
+  def check(self):
+    """Raises BadInput for a value outside its range."""
+    if self.schedule not in SCHEDULES:
+      raise BadInput(f'optimizer.schedule={self.schedule!r}: no such schedule'
+                     f'{nearest(self.schedule, SCHEDULES)}')
+    for name in ('warmup_share', 'decay_share', 'final_ratio'):
+      if not 0 <= getattr(self, name) <= 1:
+        raise BadInput(f'optimizer.{name}={getattr(self, name)} is outside 0 … 1')
+    if self.warmup_share + self.decay_share * (self.schedule == 'wsd') > 1:
+      raise BadInput(f'optimizer.warmup_share={self.warmup_share} + decay_share='
+                     f'{self.decay_share} is above 1: they overlap')
+
+
+def schedule(config: OptimizerConfig, steps: int):
+  """step (0-based count of updates done) → learning rate of the next update."""
+  warmup = max(1, round(config.warmup_share * steps))
+  peak, final = config.learning_rate, config.learning_rate * config.final_ratio
+  rise = optax.linear_schedule(peak / warmup, peak, warmup - 1 or 1)
+  rest = max(1, steps - warmup)
+  if config.schedule == 'linear':
+    parts, borders = [rise, optax.linear_schedule(peak, final, rest)], [warmup]
+  elif config.schedule == 'cosine':
+    fall = optax.cosine_decay_schedule(peak, rest, alpha=config.final_ratio)
+    parts, borders = [rise, fall], [warmup]
+  elif config.schedule == 'wsd':
+    decay = max(1, round(config.decay_share * steps))
+    parts = [rise, optax.constant_schedule(peak), optax.linear_schedule(peak, final, decay)]
+    borders = [warmup, max(warmup, steps - decay)]
+  else:
+    parts, borders = [rise, optax.constant_schedule(peak)], [warmup]
+  return optax.join_schedules(parts, borders)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamW:
+  """init(params) → state; update(…) → params and state.
+
+  The state is {'count': updates done, 'mu': first moments, 'nu': second moments}, trees like the
+  parameters, so that everything that speaks leaf names can speak about moments too.
+  """
+  config: OptimizerConfig
+  steps: int
+
+  def init(self, params) -> dict:
+    """Zero moments, float32."""
+    zeros = lambda: jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    return {'count': jnp.zeros((), jnp.int32), 'mu': zeros(), 'nu': zeros()}
+
+  def update(self, grads, state, params, *, finite, present_E=None):
+    """One clipped AdamW update.
+
+    Args:
+      grads, params: running trees. state: as from `init`.
+      finite: bool scalar; if it is False, or a gradient is not finite, parameters and state stay
+        exactly as they are.
+      present_E: bool [E]; experts that are False are left exactly as they are: no decay, no
+        moment change (design decision 5). None: all experts had data.
+
+    Returns:
+      params, state, {'learning_rate', 'grad_norm', 'applied'}. grad_norm is before clipping,
+      over every expert once (the papers' code counted an expert once per GPU that held it).
+    """
+    c = self.config
+    norm = optax.global_norm(grads)
+    apply = finite & jnp.isfinite(norm)
+    if c.clip:
+      scale = jnp.minimum(1.0, c.clip / jnp.maximum(norm, 1e-30))
+      grads = jax.tree.map(lambda g: g * scale, grads)
+    adam = optax.scale_by_adam(c.b1, c.b2, c.eps)
+    updates, new = adam.update(
+        grads, optax.ScaleByAdamState(state['count'], state['mu'], state['nu']))
+    rate = schedule(c, self.steps)(state['count'])
+
+    def keep(name, leaf):
+      if present_E is None or '/experts/' not in name:
+        return apply
+      return apply & present_E.reshape(1, -1, *[1] * (leaf.ndim - 2))
+
+    out = {'params': {}, 'mu': {}, 'nu': {}}
+    flat = {'params': tree.flatten(params), 'updates': tree.flatten(updates)}
+    for kind in ('mu', 'nu'):
+      flat[kind], flat[f'new {kind}'] = tree.flatten(state[kind]), tree.flatten(getattr(new, kind))
+    for name, p in flat['params'].items():
+      move, decay = keep(name, p), c.weight_decay
+      if c.no_decay and re.search(c.no_decay, name):
+        decay = 0.0
+      step = p - rate * (flat['updates'][name] + decay * p)
+      out['params'][name] = jnp.where(move, step, p)
+      for kind in ('mu', 'nu'):
+        out[kind][name] = jnp.where(move, flat[f'new {kind}'][name], flat[kind][name])
+    state = {'count': jnp.where(apply, new.count, state['count']),
+             'mu': tree.unflatten(out['mu']), 'nu': tree.unflatten(out['nu'])}
+    return tree.unflatten(out['params']), state, {
+        'learning_rate': rate, 'grad_norm': norm, 'applied': apply}

@@ -1,0 +1,103 @@
+"""The border to Flax NNX: outside this file parameters are a nested dict of arrays.
+
+`Model` turns a ModelConfig into two functions, `init` and `apply`, and knows the tree between them.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from demix import tree
+from demix.transformer import ExecutionConfig, ModelConfig, Transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A model as functions of its parameters.
+
+  Attributes:
+    config: what the model is; sizes that come from data must be filled in.
+    execution: how it is run.
+    dtype: of the computation; parameters stay float32.
+  """
+  config: ModelConfig
+  execution: ExecutionConfig = dataclasses.field(default_factory=ExecutionConfig)
+  dtype: str = 'float32'
+
+  def __post_init__(self):
+    self.config.check()
+    self.execution.check()
+
+  def _make(self, key):
+    return Transformer(self.config, rngs=nnx.Rngs(params=key))
+
+  @functools.cached_property
+  def _graph(self):
+    return nnx.split(nnx.eval_shape(self._make, jax.random.key(0)))[0]
+
+  def init(self, seed) -> dict:
+    """Fresh parameters (a running tree, float32); a function of `seed` and the config only."""
+    make = lambda seed: nnx.to_pure_dict(nnx.state(self._make(jax.random.key(seed))))
+    return make(seed)
+
+  @functools.cached_property
+  def abstract(self) -> dict:
+    """The running tree as jax.ShapeDtypeStruct: nothing is computed."""
+    return jax.eval_shape(self.init, 0)
+
+  def apply(self, params, tokens_BL, route, taps=(), *, segments_BL=None, positions_BL=None,
+            balanced=False):
+    """→ hidden [B, L, D], aux, taps; see transformer.Transformer.__call__."""
+    return nnx.merge(self._graph, params)(
+        tokens_BL, route, taps, segments_BL=segments_BL, positions_BL=positions_BL,
+        balanced=balanced, execution=self.execution, dtype=jnp.dtype(self.dtype))
+
+  def output_table(self, params):
+    """[table_rows, D]: the matrix whose products with hidden states are the logits."""
+    return params['embed']['tokens' if self.config.tied else 'output']
+
+  def canonical(self, params) -> dict:
+    """Running tree → flat canonical leaves."""
+    return tree.canonical(params, self.config.experts)
+
+  def running(self, flat: dict) -> dict:
+    """Flat canonical leaves → running tree."""
+    return tree.running(flat, self.config.period, self.config.experts)
+
+  def counts(self) -> tuple[int, int]:
+    """(total, active) parameters: active leaves out all experts but one."""
+    flat = tree.flatten(self.abstract)
+    total = tree.size(flat)
+    experts = sum(leaf.size for name, leaf in flat.items() if '/experts/' in name)
+    return total, total - experts + experts // max(1, len(self.config.experts))
+
+  def flops_per_token(self, length: int) -> int:
+    """Training FLOPs per token: 6 · active parameters + 12 · N · L · H · K (full causal square)."""
+    c = self.config
+    return 6 * self.counts()[1] + 12 * c.layers * length * c.heads * c.head_width
+
+
+def expert_slice(model: Model, params: dict, expert: str) -> tuple[Model, dict]:
+  """One expert of a DEMix LM as a dense LM: its FFNs in place of all, the trunk as it is.
+
+  Raises:
+    BadInput: the model has no such expert.
+  """
+  from demix.errors import BadInput
+  from demix.settings import nearest
+  names = model.config.experts
+  if expert not in names:
+    raise BadInput(f'no expert {expert!r}{nearest(expert, names)}')
+  dense = dataclasses.replace(model, config=dataclasses.replace(
+      model.config, ffn='dense', experts=(), expert_every=1))
+  flat = {}
+  for name, leaf in model.canonical(params).items():
+    found = tree.EXPERT.fullmatch(name)
+    if not found:
+      flat[name] = leaf
+    elif found[2] == expert:
+      flat[f'{found[1].removesuffix("/experts")}/{found[3]}'] = leaf
+  return dense, dense.running(flat)

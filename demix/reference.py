@@ -1,0 +1,92 @@
+"""Model references: one syntax wherever a model is named.
+
+`W` is the newest trusted checkpoint of the workdir W, `W@20000` a step, `W#legal` one expert of a
+DEMix LM as a dense LM, `W@20000#legal` both. (`forest:F` and `hf:DIR` come with their work.)
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+
+from demix.errors import BadInput
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+  """A parsed model reference: step and expert are None where none is named."""
+  workdir: Path
+  step: int | None = None
+  expert: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+  """A model that was loaded.
+
+  Attributes:
+    model: params.Model. params: its running tree. config: the whole Config it was trained with.
+    meta: the checkpoint's meta.json. step: which checkpoint. expert: the one taken out, or None.
+  """
+  model: object
+  params: dict
+  config: object
+  meta: dict
+  step: int
+  expert: str | None
+
+  @property
+  def domains(self) -> tuple:
+    """Training domains, in the order of routes."""
+    return self.config.data.domains
+
+
+def parse(text: str) -> Reference:
+  """'W@20000#legal' → Reference.
+
+  Raises:
+    BadInput: not of that form, or a kind of reference that is not built.
+  """
+  kind = re.match(r'(forest|hf):', text)
+  if kind:
+    raise BadInput(f'model reference {text!r}: {kind[1]}: references are not built yet; '
+                   'name a workdir: W, W@STEP or W#EXPERT')
+  found = re.fullmatch(r'(?P<w>[^@#]+)(@(?P<step>\d+))?(#(?P<expert>[A-Za-z0-9_-]+))?', text)
+  if not found:
+    raise BadInput(f'model reference {text!r} is not W, W@STEP or W#EXPERT')
+  step = int(found['step']) if found['step'] else None
+  return Reference(Path(found['w']), step, found['expert'])
+
+
+def load(text: str) -> Loaded:
+  """Loads the model that a reference names, verified.
+
+  Raises:
+    BadInput: no such workdir, step or expert.
+    NothingToLoad: there are checkpoints, but none that can be trusted.
+  """
+  from demix import checkpoint, settings
+  ref = parse(text)
+  directory = ref.workdir / 'checkpoints'
+  if not ref.workdir.is_dir():
+    raise BadInput(f'model {text!r}: no such workdir {str(ref.workdir)!r}')
+  step = checkpoint.latest(directory) if ref.step is None else checkpoint.require(
+      directory, ref.step)
+  if step is None:
+    raise BadInput(f'model {text!r}: {directory} holds no finished checkpoint: train it first')
+
+  import jax
+
+  from demix.config import Config
+  from demix.params import Model, expert_slice
+  meta = checkpoint.read_meta(directory, step)
+  config = settings.from_dict(Config, meta['config'])
+  model = Model(config.model, config.execution, config.train.compute_dtype)
+  like = {f'params/{n}': x for n, x in
+          jax.eval_shape(model.canonical, model.abstract).items()}
+  flat = checkpoint.restore(directory, step, like)
+  params = jax.jit(model.running)({n.removeprefix('params/'): x for n, x in flat.items()})
+  if ref.expert:
+    if config.model.ffn != 'demix':
+      raise BadInput(f'model {text!r}: a dense LM has no experts; leave out #{ref.expert}')
+    model, params = expert_slice(model, params, ref.expert)
+  return Loaded(model, params, config, meta, step, ref.expert)

@@ -1,0 +1,356 @@
+"""The one training loop. A dense LM, a DEMix LM, a branch and every baseline differ in config only.
+
+Resuming is exact: batch t is a function of (seed, t), so the state of a run is its parameters,
+moments and step; a run that was killed and started again goes through the same losses bit for bit.
+"""
+
+import contextlib
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from demix import checkpoint, loss, settings, sharding
+from demix.config import Config, complete, data_fingerprint, digest, identity
+from demix.data.batches import Batches
+from demix.data.store import TokenStore
+from demix.errors import NonFinite, Preempted
+from demix.eval import perplexity
+from demix.metrics import Metrics
+from demix.optimizer import AdamW
+from demix.params import Model
+from demix.progress import Progress, duration, quantity
+from demix.workdir import check_identity, load_config, save_config
+
+
+def micro_batches(batch: dict, count: int, groups: int) -> dict:
+  """[B, …] → [count, B / count, …], each micro-batch with its share of every group of rows.
+
+  Args:
+    batch: arrays with leading axis B. count: micro-batches.
+    groups: row groups that must stay balanced (the domains of an expert-major batch, else 1).
+  """
+  def split(x):
+    rows = x.shape[0] // (groups * count)
+    x = x.reshape(groups, count, rows, *x.shape[1:]).swapaxes(0, 1)
+    return x.reshape(count, groups * rows, *x.shape[3:])
+  return {name: split(x) for name, x in batch.items()}
+
+
+def make_step(model: Model, adamw: AdamW, *, domains: int, balanced: bool, accumulation: int = 1):
+  """(state, batch) → (state, metrics): one update with the gradient of one scalar.
+
+  That scalar is the token-mean NLL of the whole batch (design decision 5): Σ weight · nll /
+  Σ weight, whatever the number of micro-batches and devices.
+
+  Args:
+    domains: how many domains `domain_B` counts. balanced: rows are expert-major (static).
+  """
+  config = model.config
+
+  def weighted_nll(params, batch, total):
+    hidden, aux, _ = model.apply(
+        params, batch['tokens_BL'], batch['domain_B'], balanced=balanced,
+        segments_BL=batch.get('segments_BL'), positions_BL=batch.get('positions_BL'))
+    nll_BL = loss.nll(hidden, model.output_table(params), batch['targets_BL'], config.vocab_size,
+                      model.execution.loss_block)
+    nll_B = (nll_BL * batch['weights_BL']).sum(1)
+    by_domain = jax.ops.segment_sum(nll_B, batch['domain_B'], domains)
+    return nll_B.sum() / total + sum(aux.values()), by_domain
+
+  def step(state, batch):
+    tokens_D = jax.ops.segment_sum(batch['weights_BL'].sum(1), batch['domain_B'], domains)
+    total = batch['weights_BL'].sum()
+    gradient = jax.value_and_grad(weighted_nll, has_aux=True)
+    if accumulation == 1:
+      (value, nll_D), grads = gradient(state['params'], batch, total)
+    else:
+      def add(sums, micro):
+        return jax.tree.map(jnp.add, sums, gradient(state['params'], micro, total)), None
+      zero = jax.tree.map(jnp.zeros_like, ((total, tokens_D), state['params']))
+      micro = micro_batches(batch, accumulation, domains if balanced else 1)
+      ((value, nll_D), grads), _ = jax.lax.scan(add, zero, micro)
+    present = None if balanced or config.ffn != 'demix' else tokens_D > 0
+    params, optimizer, metrics = adamw.update(
+        grads, state['optimizer'], state['params'], finite=jnp.isfinite(value), present_E=present)
+    metrics |= {'loss': value, 'nll_D': nll_D, 'tokens_D': tokens_D}
+    return {'params': params, 'optimizer': optimizer}, metrics
+
+  return step
+
+
+def canonical_state(model: Model, state: dict) -> dict:
+  """Flat canonical leaves of a training state: params/…, optimizer/mu/…, optimizer/count."""
+  flat = {f'params/{n}': x for n, x in model.canonical(state['params']).items()}
+  for kind in ('mu', 'nu'):
+    moments = model.canonical(state['optimizer'][kind])
+    flat |= {f'optimizer/{kind}/{n}': x for n, x in moments.items()}
+  return flat | {'optimizer/count': state['optimizer']['count']}
+
+
+def running_state(model: Model, flat: dict) -> dict:
+  """The inverse of `canonical_state`."""
+  part = lambda prefix: model.running(
+      {n.removeprefix(prefix): x for n, x in flat.items() if n.startswith(prefix)})
+  return {'params': part('params/'),
+          'optimizer': {'count': flat['optimizer/count'], 'mu': part('optimizer/mu/'),
+                        'nu': part('optimizer/nu/')}}
+
+
+def domain_symbols(config: Config):
+  """Ids of the <domain> symbols (+DomainToken baseline), or None."""
+  if not config.data.domain_token:
+    return None
+  first = config.model.vocab_size - len(config.data.domains)
+  return np.arange(first, config.model.vocab_size)
+
+
+def header(config: Config, model: Model, mesh, workdir) -> str:
+  """What is about to run, in a few lines."""
+  total, active = model.counts()
+  tokens = config.data.batch_size * config.data.sequence_length
+  flops = tokens * model.flops_per_token(config.data.sequence_length)
+  default, now = settings.flatten(Config()), settings.flatten(config)
+  changed = ' '.join(f'{k}={v}' for k, v in now.items() if v != default[k] and k != 'data.path')
+  kinds = ', '.join(sorted({d.device_kind for d in mesh.devices.flat}))
+  axes = ' '.join(f'{a}={n}' for a, n in mesh.shape.items() if n > 1)
+  return '\n'.join([
+      f'run         {workdir}',
+      f'devices     {mesh.size} × {kinds}{f" ({axes})" if axes else ""}',
+      f'parameters  {quantity(total)} total, {quantity(active)} active per token',
+      f'per step    {quantity(tokens)} tokens, {quantity(flops)} FLOPs',
+      f'config      {changed}'])
+
+
+class Run:
+  """One training run in a workdir whose lock is held."""
+
+  def __init__(self, config: Config, workdir: Path):
+    self.workdir = workdir
+    self.store = TokenStore.open(config.data.path)
+    saved = load_config(workdir)['identity'] if (workdir / 'config.json').exists() else None
+    self.config = config = complete(config, self.store, saved)
+    self.identity = identity(config, self.store)
+    if saved is not None:
+      check_identity(saved, self.identity, workdir)
+    self.domains = config.data.domains
+    self.balanced = config.data.sampling == 'balanced'
+    self.model = Model(config.model, config.execution, config.train.compute_dtype)
+    self.mesh = sharding.make_mesh(config.mesh)
+    self.shardings = sharding.state_shardings(self.mesh, self.model.abstract)
+    self.symbols = domain_symbols(config)
+    self.batches = Batches(self.store, config.data, config.seed, symbols=self.symbols)
+    self.adamw = AdamW(config.optimizer, config.optimizer.schedule_steps)
+    self.flops = (config.data.batch_size * config.data.sequence_length
+                  * self.model.flops_per_token(config.data.sequence_length))
+    save_config(workdir, {'version': 1, 'config': settings.to_dict(config),
+                          'identity': self.identity})
+    (workdir / 'data').mkdir(exist_ok=True)
+    shutil.copyfile(self.store.path / 'card.json', workdir / 'data' / 'card.json')
+    self.ledger = {'tokens': 0, 'flops': 0, 'seconds': 0.0}
+    self.stop_signal = None
+
+  # ---- state: fresh or restored --------------------------------------------------------------
+
+  def start(self, directory) -> tuple[int, dict]:
+    """(steps done, state): the newest trusted checkpoint, or a fresh start."""
+    step = checkpoint.latest(directory)
+    if step is None:
+      def fresh(seed):
+        params = self.model.init(seed)
+        return {'params': params, 'optimizer': self.adamw.init(params)}
+      return 0, jax.jit(fresh, out_shardings=self.shardings)(self.config.seed)
+    meta = checkpoint.read_meta(directory, step)
+    check_identity(meta['identity'], self.identity, self.workdir)
+    self.ledger = meta['ledger']
+    abstract = {'params': self.model.abstract,
+                'optimizer': jax.eval_shape(self.adamw.init, self.model.abstract)}
+    like = jax.eval_shape(lambda s: canonical_state(self.model, s), abstract)
+    here = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+    like = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for n, x in like.items()}
+    flat = checkpoint.restore(directory, step, like)
+    stack = jax.jit(lambda flat: running_state(self.model, flat), out_shardings=self.shardings)
+    return step, stack(flat)
+
+  def meta(self, step: int) -> dict:
+    """What made this checkpoint; the data index is step + skipped."""
+    return {'step': step, 'skipped': 0, 'data_index': step,
+            'config': settings.to_dict(self.config), 'identity': self.identity,
+            'config_digest': digest(self.identity), 'domains': list(self.domains),
+            'tokenizer': self.store.tokenizer_meta['fingerprint'],
+            'data': data_fingerprint(self.store, self.domains), 'ledger': dict(self.ledger),
+            'epochs': self.batches.epochs(step)}
+
+  # ---- the loop -------------------------------------------------------------------------------
+
+  def loop(self) -> int:
+    """Trains to train.steps; returns the steps done. See `run` for what it raises."""
+    config, train = self.config, self.config.train
+    directory = self.workdir / 'checkpoints'
+    done, state = self.start(directory)
+    if done >= train.steps:
+      print(f'done already: step {done} of {train.steps} in {self.workdir}')
+      return done
+    print(header(config, self.model, self.mesh, self.workdir), flush=True)
+    if done:
+      print(f'resumed     at step {done}', flush=True)
+    step_fn = jax.jit(
+        make_step(self.model, self.adamw, domains=len(self.domains), balanced=self.balanced,
+                  accumulation=train.accumulation),
+        in_shardings=(self.shardings, jax.sharding.NamedSharding(self.mesh, sharding.BATCH)),
+        out_shardings=(self.shardings, None), donate_argnums=0)
+    # A copy, so that what is saved in the background is not the buffer the next step reuses.
+    export = jax.jit(lambda s: jax.tree.map(jnp.copy, canonical_state(self.model, s)))
+    saver = checkpoint.Checkpoints(directory, max_to_keep=train.max_to_keep,
+                                   keep_every=train.keep_every, clean=True)
+    metrics = Metrics(self.workdir, step=done or -1, tensorboard=train.tensorboard)
+    progress = Progress(train.steps, 'steps', 'train', done=done)
+    names = ['tokens_BL', 'targets_BL', 'weights_BL', 'domain_B']
+    if config.data.packing == 'document':
+      names += ['segments_BL', 'positions_BL']
+    clock = Clock(config.data.batch_size * config.data.sequence_length, self.flops)
+    with self._signals(), metrics, progress:
+      batches, pending = self.batches.iterate(done), None
+      for step in range(done + 1, train.steps + 1):
+        batch = next(batches)
+        state, out = step_fn(state, {n: batch[n] for n in names})
+        # The numbers of step - 1 are read while this step runs.
+        if pending:
+          self._record(*pending, metrics, progress, clock)
+        pending = step, out
+        evaluate = (train.eval_every and step % train.eval_every == 0) or step == train.steps
+        save = ((train.checkpoint_every and step % train.checkpoint_every == 0)
+                or step == train.steps or self.stop_signal)
+        if evaluate or save:
+          self._record(*pending, metrics, progress, clock)
+          pending = None
+        if evaluate:
+          self._evaluate(step, state['params'], metrics)
+          clock.restart()
+        if save:
+          self.ledger['seconds'] += clock.lap()
+          saver.save(step, export(state), self.meta(step))
+        if self.stop_signal and step < train.steps:
+          saver.close()
+          raise Preempted(f'{self.stop_signal}: saved step {step} of {train.steps} in '
+                          f'{self.workdir}; run the same command again to go on')
+      saver.close()
+    epochs = ', '.join(f'{d} {e:.2f}' for d, e in self.batches.epochs(train.steps).items())
+    print(f'epochs      {epochs}\ndone        step {train.steps} in '
+          f'{duration(self.ledger["seconds"])}; checkpoints in {directory}', flush=True)
+    return train.steps
+
+  def _record(self, step, out, metrics, progress, clock):
+    """Reads one step's numbers: stops on a non-finite one, logs, shows."""
+    config = self.config
+    out = jax.device_get(out)
+    nll_D = out['nll_D'] / np.maximum(out['tokens_D'], 1)
+    if not out['applied']:
+      bad = ~np.isfinite(nll_D)
+      worst = int(np.argmax(bad) if bad.any() else np.argmax(nll_D))
+      raise NonFinite(
+          f'step {step}: loss {out["loss"]}, gradient norm {out["grad_norm"]}; worst domain '
+          f'{self.domains[worst]} at {nll_D[worst]} nats; no parameter was changed by that step; '
+          'lower optimizer.learning_rate or look at that domain')
+    self.ledger['tokens'] += int(out['tokens_D'].sum())
+    self.ledger['flops'] += self.flops
+    clock.step()
+    progress.update(step, f'loss {out["loss"]:.3f}, {clock.text()}')
+    if step % config.train.log_every and step != config.train.steps:
+      return
+    row = {'train/loss': float(out['loss']), 'train/grad_norm': float(out['grad_norm']),
+           'train/learning_rate': float(out['learning_rate'])}
+    for name, value, tokens in zip(self.domains, nll_D, out['tokens_D']):
+      if tokens:
+        row[f'train/{name}/nll'] = float(value)
+    for name, value in self.batches.epochs(step).items():
+      row[f'data/{name}/epochs'] = value
+    metrics.write(step, row | clock.rates())
+
+  def _evaluate(self, step, params, metrics):
+    """NLL on the start of each training domain's valid text."""
+    config = self.config
+    parts = [perplexity.Part(d, 'valid', i) for i, d in enumerate(self.domains)
+             if 'valid' in self.store.splits(d)]
+    if not parts:
+      return
+    scores = perplexity.evaluate(
+        self.model, params, self.store, parts, length=config.data.sequence_length,
+        batch_size=min(config.data.batch_size, 64), limit=config.train.eval_sequences,
+        symbols=self.symbols)
+    row = {f'eval/{part.domain}/nll': score.mean_nll for part, score in zip(parts, scores)}
+    row['eval/mean/nll'] = sum(row.values()) / len(row)
+    metrics.write(step, row)
+    text = ', '.join(f'{p.domain} {s.perplexity:.2f}' for p, s in zip(parts, scores))
+    print(f'step {step}: valid perplexity {text}', flush=True)
+
+  @contextlib.contextmanager
+  def _signals(self):
+    """SIGTERM and SIGUSR1 ask for a checkpoint and the end of the run."""
+    def ask(number, _):
+      self.stop_signal = signal.Signals(number).name
+    old = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+      yield
+    finally:
+      for number, handler in old.items():
+        signal.signal(number, handler)
+
+
+class Clock:
+  """Rates between lines of the log; the first step of a run, which compiles, is left out."""
+
+  def __init__(self, tokens: int, flops: int):
+    self.tokens, self.flops = tokens, flops
+    self.steps, self.since, self.total = 0, None, time.monotonic()
+
+  def step(self):
+    """One more step is done."""
+    if self.since is None:
+      self.since = time.monotonic()
+    else:
+      self.steps += 1
+
+  def restart(self):
+    """Time since the last step was spent on something else."""
+    self.since, self.steps = None, 0
+
+  def lap(self) -> float:
+    """Wall seconds since the last lap (all of them: compiling and evaluating too)."""
+    now = time.monotonic()
+    lap, self.total = now - self.total, now
+    return lap
+
+  def rates(self) -> dict:
+    """throughput/… since the last restart, by name; empty before the second step."""
+    seconds = time.monotonic() - self.since if self.since else 0
+    if not self.steps or not seconds:
+      return {}
+    return {'throughput/tokens_per_second': self.steps * self.tokens / seconds,
+            'throughput/flops_per_second': self.steps * self.flops / seconds}
+
+  def text(self) -> str:
+    rates = self.rates()
+    if not rates:
+      return 'compiled'
+    return (f'{quantity(rates["throughput/tokens_per_second"])} tokens/s, '
+            f'{quantity(rates["throughput/flops_per_second"])}FLOP/s')
+
+
+def run(config: Config, workdir: Path) -> int:
+  """Trains `config` in `workdir`, whose lock the caller holds; the same again resumes.
+
+  Returns:
+    The steps done.
+
+  Raises:
+    BadInput: the data or config is wrong, or the workdir belongs to another experiment.
+    NothingToLoad: there are checkpoints and none can be trusted.
+    NonFinite: a loss or gradient was not finite; step and worst domain are named.
+    Preempted: SIGTERM or SIGUSR1 came; everything is saved.
+  """
+  return Run(config, workdir).loop()

@@ -1,0 +1,188 @@
+"""demix/workdir.py: one holder at a time, whatever kills it; identity; files written whole."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from demix import workdir
+from demix.errors import BadInput, Locked
+
+ROOT = Path(__file__).parents[1]
+HOLD = '''
+import os, sys, time
+from demix.errors import DemixError
+from demix.workdir import hold
+try:
+  with hold(sys.argv[1], 'train'):
+    if sys.argv[2] == 'worker' and os.fork() == 0:
+      time.sleep(60)
+    print('held', flush=True)
+    time.sleep(0 if sys.argv[2] == 'once' else 60)
+except DemixError as e:
+  print(f'error: {e}', file=sys.stderr)
+  sys.exit(e.code)
+'''
+
+
+def child(path, how='once'):
+  return subprocess.Popen(
+      [sys.executable, '-c', HOLD, str(path), how], text=True, env={'PYTHONPATH': str(ROOT)},
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+
+
+@pytest.fixture
+def holder(tmp_path, request):
+  process = child(tmp_path / 'w', getattr(request, 'param', 'long'))
+  assert process.stdout.readline() == 'held\n'
+  yield process
+  try:
+    os.killpg(process.pid, signal.SIGKILL)
+  except ProcessLookupError:
+    pass
+  process.communicate()
+
+
+def test_a_second_process_is_refused_at_once_and_told_by_whom(tmp_path, holder):
+  start = time.monotonic()
+  second = child(tmp_path / 'w')
+  out, err = second.communicate(timeout=10)
+  assert time.monotonic() - start < 2
+  assert (second.returncode, out) == (6, '')
+  about = json.loads((tmp_path / 'w' / '.lock').read_text())
+  assert about['pid'] == holder.pid and about['verb'] == 'train'
+  assert f'pid {holder.pid} on {about["host"]} since {about["since"]}' in err
+  assert err.count('\n') == 1
+
+
+@pytest.mark.parametrize('holder', ['long', 'worker'], indirect=True)
+def test_the_lock_dies_with_its_holder_and_not_with_its_workers(tmp_path, holder):
+  os.kill(holder.pid, signal.SIGKILL)
+  os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)  # a worker's open pipe is not waited for
+  with workdir.hold(tmp_path / 'w') as held:
+    assert held == tmp_path / 'w'
+    assert json.loads((held / '.lock').read_text())['pid'] == os.getpid()
+
+
+def test_a_workdir_can_be_held_again_after_the_block_but_not_inside_it(tmp_path):
+  for _ in range(2):
+    with workdir.hold(tmp_path / 'a/b'):
+      with pytest.raises(Locked, match=f'pid {os.getpid()} ') as e, workdir.hold(tmp_path / 'a/b'):
+        pass
+      assert e.value.code == 6
+  with pytest.raises(ZeroDivisionError), workdir.hold(tmp_path / 'a/b'):
+    raise ZeroDivisionError
+  assert child(tmp_path / 'a/b').wait(timeout=10) == 0
+
+
+def test_a_forked_child_does_not_end_the_lock(tmp_path):
+  with workdir.hold(tmp_path):
+    pid = os.fork()
+    if not pid:
+      os._exit(0)
+    os.waitpid(pid, 0)
+    assert child(tmp_path).wait(timeout=10) == 6
+
+
+def test_a_lock_without_a_name_is_still_a_lock(tmp_path):
+  with workdir.hold(tmp_path):
+    (tmp_path / '.lock').write_text('{"pid": ')
+    start = time.monotonic()
+    with pytest.raises(Locked, match='did not leave its name'), workdir.hold(tmp_path):
+      pass
+    assert time.monotonic() - start < 2
+
+
+def test_what_is_no_directory_is_refused(tmp_path):
+  (tmp_path / 'file').write_text('')
+  for path in (tmp_path / 'file', tmp_path / 'file' / 'w'):
+    with pytest.raises(BadInput, match='not a directory') as e, workdir.hold(path):
+      pass
+    assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('inside', ['', 'w'], ids=['existing', 'to be made'])
+def test_a_read_only_workdir_is_refused(inside):
+  with tempfile.TemporaryDirectory() as outer:
+    os.chmod(outer, 0o755)
+    folder = Path(outer) / 'read only'
+    folder.mkdir()
+    os.chmod(folder, 0o555)
+    root = os.geteuid() == 0  # root may write everywhere: be nobody for a moment
+    try:
+      if root:
+        os.seteuid(65534)
+      with pytest.raises(BadInput, match='Permission denied') as e, workdir.hold(folder / inside):
+        pass
+      assert '\n' not in str(e.value)
+    finally:
+      if root:
+        os.seteuid(0)
+      os.chmod(folder, 0o755)
+
+
+def test_workdir_is_importable_without_the_heavy_packages():
+  code = 'import sys, demix.workdir; print({"jax", "numpy", "orbax"} & set(sys.modules))'
+  out = subprocess.run([sys.executable, '-c', code], env={'PYTHONPATH': str(ROOT)}, text=True,
+                       capture_output=True, check=True).stdout
+  assert out == 'set()\n'
+
+
+def test_a_config_comes_back(tmp_path):
+  config = {'model': {'d_model': 128, 'rate': 0.1 + 0.2}, 'domains': ('b', 'a'), 'name': 'é'}
+  workdir.save_config(tmp_path, config)
+  assert workdir.load_config(tmp_path) == config | {'domains': ['b', 'a']}
+  assert os.listdir(tmp_path) == ['config.json']
+
+
+def test_a_config_that_is_not_there_or_not_json_is_refused(tmp_path):
+  with pytest.raises(BadInput, match=r'no config\.json'):
+    workdir.load_config(tmp_path)
+  for text in ('{"a": ', '[1]'):
+    (tmp_path / 'config.json').write_text(text)
+    with pytest.raises(BadInput, match=r'config\.json'):
+      workdir.load_config(tmp_path)
+  with pytest.raises(BadInput, match='not JSON'):
+    workdir.save_config(tmp_path, {'a': object()})
+  assert (tmp_path / 'config.json').read_text() == '[1]'
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+  workdir.write_atomic(tmp_path / 'f', b'old')
+  def full(fd):
+    raise OSError(28, 'No space left on device')
+  monkeypatch.setattr(os, 'fsync', full)
+  with pytest.raises(OSError, match='No space'):
+    workdir.write_atomic(tmp_path / 'f', b'new')
+  assert (tmp_path / 'f').read_bytes() == b'old' and os.listdir(tmp_path) == ['f']
+
+
+def test_a_file_is_durable_before_it_takes_its_name(tmp_path, monkeypatch):
+  calls, fsync, replace = [], os.fsync, os.replace
+  monkeypatch.setattr(os, 'fsync', lambda fd: (
+      calls.append(os.path.basename(os.readlink(f'/proc/self/fd/{fd}'))), fsync(fd)))
+  monkeypatch.setattr(os, 'replace', lambda a, b: (calls.append('rename'), replace(a, b)))
+  workdir.write_atomic(tmp_path / 'f', b'x')
+  assert calls[0].startswith('.f.') and calls[1:] == ['rename', tmp_path.name]
+
+
+def test_every_difference_of_identity_is_named_in_one_line():
+  saved = {'model.d_model': 128, 'seed': 0, 'data.domains': ['a', 'b'], 'tie': 1, 'gone': 'x'}
+  now = {'model.d_model': 256, 'seed': 0, 'data.domains': ('b', 'a'), 'tie': True, 'new': None}
+  with pytest.raises(BadInput) as e:
+    workdir.check_identity(saved, now, 'W')
+  for text in ('model.d_model: 128 → 256', 'data.domains: ["a", "b"] → ["b", "a"]', 'tie: 1 → true',
+               'gone: "x" → absent', 'new: absent → null', 'another workdir'):
+    assert text in str(e.value)
+  assert 'seed' not in str(e.value) and '\n' not in str(e.value)
+
+
+def test_the_same_identity_is_accepted_after_a_round_trip():
+  now = {'domains': ('a', 'b'), 'rate': 0.1, 'clip': float('nan'), 'whole': 1.0, 'map': {'x': (1,)}}
+  workdir.check_identity(json.loads(json.dumps(now)) | {'whole': 1}, now, 'W')
