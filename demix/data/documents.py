@@ -243,8 +243,9 @@ class Reader:
         yield from _zst(f, self.on_bytes)
         return
       counted = _Counted(f, self.on_bytes)
-      stream = gzip.GzipFile(fileobj=counted) if path.suffix == '.gz' else counted
-      while chunk := stream.read(_CHUNK):
+      # read1: what was read before a defect is still given, so the defect's line is right
+      read = gzip.GzipFile(fileobj=counted).read1 if path.suffix == '.gz' else counted.read
+      while chunk := read(_CHUNK):
         yield chunk
 
   def _text(self, where, line):

@@ -12,6 +12,7 @@ import inspect
 import platform
 import re
 import sysconfig
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -27,17 +28,18 @@ Source = tuple[str, Callable[[str], list[str]]]
 DISTRIBUTIONS = (
   'absl-py', 'aiofiles', 'anyio', 'array-record', 'attrs', 'charset-normalizer', 'click',
   'cloudpickle', 'datasketch', 'dm-tree', 'docstring-parser', 'einops', 'etils', 'filelock',
-  'flax', 'fsspec', 'grain', 'h11', 'huggingface-hub', 'humanize', 'immutabledict',
-  'importlib-resources', 'jax', 'jaxlib', 'markdown-it-py', 'ml-collections', 'ml-dtypes',
-  'msgpack', 'numpy', 'opt-einsum', 'optax', 'orbax-checkpoint', 'orjson', 'packaging',
-  'portpicker', 'prometheus-client', 'promise', 'protobuf', 'psutil', 'pyarrow', 'pyyaml',
-  'requests', 'rich', 'scipy', 'sentencepiece', 'simple-parsing', 'simplejson', 'six',
-  'tensorboardx', 'tensorflow-datasets', 'tensorstore', 'termcolor', 'tokenizers', 'toml', 'tqdm',
-  'treescope', 'typing-extensions', 'urllib3', 'uvloop', 'wrapt', 'xxhash', 'zipp', 'zstandard')
+  'flax', 'fsspec', 'googleapis-common-protos', 'grain', 'h11', 'hf-xet', 'httpcore2', 'httpx2',
+  'huggingface-hub', 'humanize', 'immutabledict', 'importlib-resources', 'jax', 'jaxlib',
+  'markdown-it-py', 'mdurl', 'ml-collections', 'ml-dtypes', 'msgpack', 'numpy', 'opt-einsum',
+  'optax', 'orbax-checkpoint', 'orjson', 'packaging', 'portpicker', 'prometheus-client',
+  'promise', 'protobuf', 'psutil', 'pyarrow', 'pyyaml', 'requests', 'rich', 'scipy',
+  'sentencepiece', 'simple-parsing', 'simplejson', 'six', 'tensorboardx', 'tensorflow-datasets',
+  'tensorflow-metadata', 'tensorstore', 'termcolor', 'tokenizers', 'toml', 'tqdm', 'treescope',
+  'truststore', 'typing-extensions', 'urllib3', 'uvloop', 'wrapt', 'xxhash', 'zipp', 'zstandard')
 
 _DOCUMENT = 4_000     # characters; most of a document
 _LONG = 32_000        # characters of a source; more is cut into stretches
-_LONG_IF_FEW = 12_000  # the same where a few files hold most of a domain, for even splits
+_LONG_IF_FEW = 8_000  # the same where a few files hold most of a domain, for even splits
 _TEST = re.compile(
     r'(^|/)(tests?|testing|internal_test_util)/|(^|/)(test_|conftest)[^/]*$|_test\.\w+$')
 _UNIT_TEST = re.compile(r'(^|/)test_[^/]*\.py$|_test\.py$')  # of these, no data and no helpers
@@ -125,12 +127,23 @@ def _python(tests: bool) -> tuple[str, ...]:
 
 
 def forget():
-  """Frees the texts that collectors share (about 70 MB)."""
+  """Frees the texts that collectors share (about 150 MB)."""
   _python.cache_clear()
+  _parts.cache_clear()
   _records.cache_clear()
 
 
 # ------------------------------------------------------------------ cutting
+
+
+@functools.cache
+def _parts(text: str) -> list[tuple[str, str, str]]:
+  """Of every doc string of a source: the interface, the notes and references, the sessions."""
+  parts = []
+  for doc in split_python(text)[1]:
+    prose, sessions = split_sessions(doc)
+    parts.append((*source_code.split_notes(prose), sessions))
+  return parts
 
 
 def _code(text: str) -> list[str]:
@@ -146,12 +159,7 @@ def _prose(text: str) -> list[str]:
 
 
 def _docs(text: str, part: int) -> list[str]:
-  """Of every doc string, the interface (0), the notes and references (1) or the sessions (2)."""
-  pieces = []
-  for doc in split_python(text)[1]:
-    prose, sessions = split_sessions(doc)
-    pieces += cut((*source_code.split_notes(prose), sessions)[part], PROSE, _DOCUMENT)
-  return pieces
+  return [piece for parts in _parts(text) for piece in cut(parts[part], PROSE, _DOCUMENT)]
 
 
 # ------------------------------------------------------------------ collecting
@@ -205,11 +213,14 @@ def _collect_science() -> Iterator[Source]:
 def _long_strings(text: str) -> list[str]:
   """String constants that are no doc strings and long enough to be prose or a citation."""
   try:
-    tree = ast.parse(text)
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore')  # `\d` in someone's string is not the user's concern
+      tree = ast.parse(text)
   except SyntaxError:
     return []
-  docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-  return [inspect.cleandoc(node.value) for node in ast.walk(tree)
+  nodes = list(ast.walk(tree))
+  docs = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+  return [inspect.cleandoc(node.value) for node in nodes
           if isinstance(node, ast.Constant) and isinstance(node.value, str)
           and id(node) not in docs and len(node.value) >= 120 and ' ' in node.value.strip()]
 

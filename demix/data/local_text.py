@@ -4,9 +4,9 @@ It is read from the standard library and from the packages that demix itself req
 (`domains.py`), through their installation records, so whatever else is installed changes nothing.
 
 * A *source* is one file, one folder of a data set, one package's description or one entry of the
-  Python reference; of a long file, a stretch of it cut at a top-level border, so that no file can be
-  most of a split. A source is cut into *documents* of at most 4 kB.
-* The split (80/10/10) is the hash of the source's content. All documents of a source are in the same
+  Python reference; of a long file, a stretch cut at a top-level border, so that no file can be most
+  of a split. A source is cut into *documents* of at most 4 kB.
+* The split (80/10/10) is the hash of the source's content. All documents of a source are in one
   split, in every domain that takes something from it (its code, its doc strings, its sessions), and
   neither a path nor the order of a directory decides anything.
 * Sources are taken in the order of another hash of their content until the domain has `max_bytes`:
@@ -40,8 +40,9 @@ LEAST_DOMAINS = 4      # training domains, below which nothing can be said about
 LEAST_BYTES = 60_000   # of test and of valid text, below which a domain lacks
 _MARKER = 'local_text.json'
 _SHORTEST = 160        # characters; less is a name and a line, and near copies of it are everywhere
-_LONGEST_LINE = 1_000  # characters; more is no line that anyone wrote
-_CONTROL = re.compile('[\x00-\x08\x0b\x0e-\x1f\x7f\ufffd]')
+_LONGEST_WORD = 300    # characters; more is data, though of letters
+# Control characters, lone surrogates, replaced bytes, and what some readers take for a line end.
+_UNCLEAN = re.compile('[\x00-\x08\x0b-\x1f\x7f\x85\u2028\u2029\ud800-\udfff\ufffd]')
 _LETTERS = b'abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ'
 
 
@@ -81,7 +82,10 @@ def write(folder: str | os.PathLike, domains: Iterable[str] | None = None, *,
   found = _finished(folder)
   if found is not None and all(found.get(key) == value for key, value in made_of.items()):
     return found['domains']
-  documents, report = _build(names, max_bytes)
+  try:
+    documents, report = _build(names, max_bytes)
+  finally:
+    sources.forget()
   folder.parent.mkdir(parents=True, exist_ok=True)
   partial = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent))
   try:
@@ -110,6 +114,8 @@ def _chosen(domains: Iterable[str] | None) -> list[str]:
   for name in asked:
     if name not in DOMAINS:
       raise BadInput(f'no domain {name!r} in the embedded corpus: there are {", ".join(DOMAINS)}')
+  if not asked:
+    raise BadInput(f'0 domains of the embedded corpus asked for: name some of {", ".join(DOMAINS)}')
   return [name for name in DOMAINS if name in asked]
 
 
@@ -143,7 +149,8 @@ def _replace(folder: Path, partial: Path):
 def _build(names: list[str], max_bytes: int) -> tuple[dict, dict]:
   """Collects, cuts and filters; returns ({domain: {split: texts}}, {domain: report})."""
   training = [name for name in names if DOMAINS[name].role == 'train']
-  least = min(LEAST_BYTES, max_bytes // 50)  # a fifth of the share a split is meant to have
+  # At a small cap, what is asked for is small: a fifth of the share that a split is meant to have.
+  least = min(LEAST_BYTES, max_bytes // 50)
   lacking, again = {}, True
   while again:
     names = [name for name in names if name not in lacking]
@@ -160,7 +167,6 @@ def _build(names: list[str], max_bytes: int) -> tuple[dict, dict]:
           # What it has may be a copy of what a later domain has: as if it had never been there.
           again = again or any(report[name]['documents'].values())
           del documents[name], report[name]
-  sources.forget()
   for name, size in lacking.items():
     print(f'warning: local text: domain {name} is left out: {size} bytes of test or validation '
           f'text here, {least} needed ({DOMAINS[name].what})', file=sys.stderr)
@@ -180,17 +186,17 @@ def _domain(domain: Domain, max_bytes: int, seen: set, copies: NearDuplicates) -
   local = _local_paths()
   ordered = {}
   for text, documents in domain.collect():
-    ordered.setdefault(xxhash.xxh3_128_digest(text.encode(), 1), (text, documents))
+    ordered.setdefault(xxhash.xxh3_128_digest(_bytes(text), 1), (text, documents))
   for _, (text, documents) in sorted(ordered.items(), key=lambda item: item[0]):
     split = _split(text)
     for document in documents(text):
       document = document.strip('\n')
       if not _readable(document) or any(path in document for path in local):
         continue
-      n = len(document.encode())
+      n = len(_bytes(document))
       if sum(size.values()) + n > max_bytes:
         return texts, _report(domain, texts, size, dropped)
-      digest = xxhash.xxh3_128_digest(document.strip().encode())
+      digest = xxhash.xxh3_128_digest(_bytes(document.strip()))
       if digest in seen:
         dropped['exact'] += 1
       elif not copies.add(document):
@@ -202,6 +208,10 @@ def _domain(domain: Domain, max_bytes: int, seen: set, copies: NearDuplicates) -
   return texts, _report(domain, texts, size, dropped)
 
 
+def _bytes(text: str) -> bytes:
+  return text.encode('utf-8', 'surrogatepass')  # a literal may hold one; `_readable` drops it
+
+
 def _report(domain: Domain, texts: Mapping, size: dict, dropped: dict) -> dict:
   return {'role': domain.role, 'documents': {split: len(texts[split]) for split in SPLITS},
           'bytes': size, 'duplicates': dropped}
@@ -209,21 +219,21 @@ def _report(domain: Domain, texts: Mapping, size: dict, dropped: dict) -> dict:
 
 def _split(text: str) -> str:
   """The split of a source; another seed than that of the order, so that a cap cuts all alike."""
-  return SPLITS[max(0, xxhash.xxh3_64_intdigest(text.encode(), 0) % 10 - 7)]
+  return SPLITS[max(0, xxhash.xxh3_64_intdigest(_bytes(text), 0) % 10 - 7)]
 
 
 def _readable(text: str) -> bool:
   """Whether it is text that someone wrote to be read: not short, no table, no data, not binary."""
-  if len(text) < _SHORTEST or _CONTROL.search(text):
+  if len(text) < _SHORTEST or _UNCLEAN.search(text):
     return False
-  full = ''.join(text.split()).encode()
+  words = text.split()
+  full = ''.join(words).encode()
   others = len(full.translate(None, _LETTERS))
   foreign = sum(byte >= 128 for byte in full) if not full.isascii() else 0
-  return (others - foreign <= 0.6 * len(full)
-          and max(map(len, text.split('\n'))) <= _LONGEST_LINE)
+  return others - foreign <= 0.6 * len(full) and max(map(len, words)) <= _LONGEST_WORD
 
 
 def _local_paths() -> list[str]:
   """Paths that would tell on which machine the corpus was made; not `/usr`, which is text."""
-  paths = {sys.prefix, sys.base_prefix, sys.exec_prefix, str(Path.home())}
-  return sorted(path for path in paths if len(Path(path).parts) > 3)
+  paths = {sys.prefix, sys.base_prefix, sys.exec_prefix} - {'/usr/local'}
+  return sorted(path for path in paths if len(Path(path).parts) > 2)

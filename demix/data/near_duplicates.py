@@ -1,9 +1,9 @@
 """Near duplicates: texts that are copies of each other but for a name, a year or a layout.
 
 A text becomes the set of its windows of 32 characters, after blanks are collapsed, letters lowered
-and digits made equal; two texts are near duplicates when the Jaccard similarity of their sets reaches
-a threshold. MinHash (`datasketch`) only proposes candidates. The similarity that decides is counted
-on the sets themselves, so no text is dropped because of an unlucky sketch.
+and digits made equal; two texts are near duplicates when the Jaccard similarity of their sets
+reaches a threshold. MinHash (`datasketch`) only proposes candidates. The similarity that decides is
+counted on the sets themselves, so no text is dropped because of an unlucky sketch.
 """
 
 import numpy as np

@@ -1,16 +1,16 @@
 """Source code taken apart: code without comments, doc strings, interactive sessions, notes; and
 texts cut into pieces at natural borders.
 
-One regular expression finds the strings and comments of Python, Cython and stubs. `ast` is not used:
-it cannot read Cython, reads another syntax in every Python version, and is twenty times slower. What
-is not valid code is no error; it is cut all the same.
+One regular expression finds the strings and comments of Python, Cython and stubs. `ast` is not
+used: it cannot read Cython, reads another syntax in every Python version, and is twenty times
+slower. What is not valid code is no error; it is cut all the same.
 """
 
 import inspect
 import re
 
-# Strings and comments. A prefix (r, f, b) does not change where a string ends, so it is left out and
-# the search can skip to the next quote or hash sign.
+# Strings and comments. A prefix (r, f, b) does not change where a string ends, so it is left out
+# and the search can skip to the next quote or hash sign.
 _TOKEN = re.compile(
     r'"""[^"\\]*+(?:(?:\\.|"(?!""))[^"\\]*+)*+"""'
     r"|'''[^'\\]*+(?:(?:\\.|'(?!''))[^'\\]*+)*+'''"

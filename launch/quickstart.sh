@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# From nothing to a table: text that lies on this machine, a dense and a DEMix LM, both evaluated.
+#
+#   launch/quickstart.sh [--workdir DIR] [--seed N]
+#
+# Needs bash and Python >= 3.11. Again with the same DIR it goes on where it was, or says it is done.
+set -euo pipefail
+here="$PWD"
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+cd "$root"
+
+workdir="$root/runs/quickstart" seed=0
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --workdir=*) workdir="${1#*=}" ;;
+    --workdir) [ $# -gt 1 ] || fail "--workdir needs a folder"; workdir="$2"; shift ;;
+    --seed=*) seed="${1#*=}" ;;
+    --seed) [ $# -gt 1 ] || fail "--seed needs a number"; seed="$2"; shift ;;
+    -h|--help) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    *) fail "unknown argument $1: launch/quickstart.sh [--workdir DIR] [--seed N]" ;;
+  esac
+  shift
+done
+case "$workdir" in /*) ;; *) workdir="$here/$workdir" ;; esac
+mkdir -p "$workdir" 2>/dev/null && [ -w "$workdir" ] || fail "$workdir cannot be written: name another --workdir"
+
+install_requirements requirements.txt
+started=$SECONDS
+
+if [ -f "$workdir/results.json" ] && [ -f "$workdir/table.txt" ]; then
+  cat "$workdir/table.txt"
+  echo; echo "done already: everything lies in $workdir (another --workdir starts afresh)"
+  exit 0
+fi
+
+echo "1/4 prepare: text on this machine -> byte-level BPE -> token store"
+python -m demix prepare --input=local_text --out="$workdir/corpus" --config=configs/quickstart_corpus.py
+for arm in dense demix; do
+  echo; [ $arm = dense ] && echo "2/4 train: dense" || echo "3/4 train: DEMix"
+  python -m demix train --config=configs/quickstart.py:$arm --config.seed="$seed" \
+    --config.data.path="$workdir/corpus" --workdir="$workdir/$arm"
+done
+echo; echo "4/4 evaluate"
+python -m demix evaluate --model="$workdir/dense" --model="$workdir/demix" --data="$workdir/corpus" \
+  --domains="$(python -c 'from configs.quickstart_corpus import DOMAINS; print(",".join(DOMAINS))')" \
+  --out="$workdir/results.json" > "$workdir/table.tmp"
+mv "$workdir/table.tmp" "$workdir/table.txt"
+cat "$workdir/table.txt"
+cat <<EOF
+
+Everything lies in $workdir:
+  corpus/          token store and data card (card.json); the text itself in corpus_text/
+  dense/, demix/   config.json, metrics.jsonl, tensorboard/, checkpoints/
+  results.json     the numbers of the tables above
+took $((SECONDS - started))s after installation
+EOF

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Lint and the test suite.
+#
+#   launch/test.sh [pytest arguments]   the default suite: at most 10 minutes on 2 cores
+#   launch/test.sh --long               everything else (the quick start itself, kill storms, …):
+#                                       at most 45 minutes; here a skipped test is a failure
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+cd "$root"
+long=()
+if [ "${1:-}" = --long ]; then long=(--long); shift; fi
+install_requirements requirements.txt requirements-dev.txt
+
+# Tests compile the same small programs often: keep every one of them.
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PLATFORMS=cpu
+started=$SECONDS
+ruff check .
+python -m compileall -q demix configs benchmarks tests
+if [ ${#long[@]} -gt 0 ]; then
+  python -m pytest --long -m long --durations=10 "$@"
+else
+  python -m pytest -n 2 --dist loadfile -m "not long" --durations=10 "$@"
+fi
+echo "took $((SECONDS - started))s after installation"
