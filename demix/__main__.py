@@ -19,7 +19,7 @@ def _usage() -> str:
 
 
 def main(argv: list[str]) -> int:
-  """Runs one verb and returns its exit code (docs/contracts.md §exit codes)."""
+  """Runs one verb and returns its exit code (docs/contracts.md)."""
   from demix.errors import BadInput, DemixError
   if not argv or argv[0] in ('--help', '-h', 'help'):
     print(_usage())

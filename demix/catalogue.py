@@ -45,7 +45,11 @@ def verify(directory, step: int) -> list[str]:
 
   Reads every byte: seconds per few gigabytes. Says nothing about who wrote the files.
   """
-  root = Path(directory) / str(step)
+  return problems_of(Path(directory) / str(step), step)
+
+
+def problems_of(root: Path, step: int) -> list[str]:
+  """`verify` of a checkpoint that may have another name than its step yet."""
   problems = digests.problems(root)
   if not problems:
     try:
@@ -128,7 +132,7 @@ def _meta(root: Path, step: int) -> dict:
   if meta.get('version') != VERSION:
     raise ValueError(f'version {meta.get("version")!r}, this demix reads {VERSION}')
   if meta.get('step') != step:
-    raise ValueError(f'says step {meta.get("step")!r}, its directory says {step}')
+    raise ValueError(f'says step {meta.get("step")!r}, expected {step}')
   leaves = meta.get('leaves')
   if not isinstance(leaves, dict) or any(
       not isinstance(leaf, dict) or leaf.keys() != {'dtype', 'shape', 'digest'}

@@ -17,6 +17,7 @@ and need no JAX. `directory` is always W/checkpoints.
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import operator
@@ -25,6 +26,7 @@ import re
 import shutil
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +39,7 @@ from demix.catalogue import (
   latest,
   names,
   one_line,
+  problems_of,
   read_meta,
   require,
   steps,
@@ -44,7 +47,7 @@ from demix.catalogue import (
   verify,
 )
 from demix.errors import BadInput, DemixError, NothingToLoad, Refused
-from demix.workdir import write_atomic
+from demix.workdir import fsync_directory, write_atomic
 
 __all__ = ['Checkpoints', 'latest', 'names', 'read_meta', 'require', 'restore', 'steps', 'verify']
 
@@ -52,6 +55,8 @@ STATE = 'state'
 _ADDED = ('version', 'leaves', 'content_digest', 'state_digest')
 # Orbax gives up on a commit after 20 minutes by default; a big state on a slow disk may need more.
 _TIMEOUT = 4 * 3600
+_WORK = '.saving-'  # <step>.saving-<process>-<attempt>: a checkpoint that is being written
+_attempts = itertools.count()
 
 
 def _one_process():
@@ -243,20 +248,26 @@ class Checkpoints:
     state = {name: _leaf(name, leaf) for name, leaf in state.items()}
     tree, meta = _nested(state), _checked(meta, step)
     self.wait()
-    root = self.directory / str(step)
-    if self._there(root, step, state):
-      return
+    # Under a name of its own until it is finished: when a write fails, others go on for a while,
+    # and must not end up in the next attempt.
+    work = self.directory / f'{step}{_WORK}{os.getpid()}-{next(_attempts)}'
     try:
+      if self._there(self.directory / str(step), step, state):
+        return
       ocp = _import_orbax()
-      root.mkdir(parents=True)
+      work.mkdir(parents=True)
       if self._orbax is None:
         self._orbax = ocp.AsyncCheckpointer(
-            ocp.PyTreeCheckpointHandler(),
-            async_options=ocp.options.AsyncOptions(timeout_secs=_TIMEOUT))
-      self._orbax.save(root / STATE, args=ocp.args.PyTreeSave(tree))
+            ocp.PyTreeCheckpointHandler(), async_options=ocp.options.AsyncOptions(
+                timeout_secs=_TIMEOUT,
+                # Else, if they cannot be made, Orbax waits 5 minutes for them.
+                create_directories_asynchronously=False))
+      self._orbax.save(work / STATE, args=ocp.args.PyTreeSave(tree))
+    except Refused:
+      raise
     except Exception as e:
-      raise self._failed(root, e) from e
-    self._thread = threading.Thread(target=self._finish, args=(root, step, state, meta),
+      raise self._failed(work, step, e) from e
+    self._thread = threading.Thread(target=self._finish, args=(work, step, state, meta),
                                     name=f'checkpoint {step}')
     self._thread.start()
 
@@ -302,7 +313,7 @@ class Checkpoints:
                     'delete it or use another workdir')
     return True
 
-  def _finish(self, root, step, state, meta):
+  def _finish(self, work, step, state, meta):
     """In the background: from Orbax's commit to a checkpoint that exists."""
     try:
       leaves = {}
@@ -316,31 +327,36 @@ class Checkpoints:
                'content_digest': digests.of_tree(of, 'params/')}
       self._orbax.wait_until_finished()
       # Orbax writes the absolute path in here; nothing reads it.
-      (root / STATE / 'commit_success.txt').write_text('committed\n')
-      write_atomic(root / META, digests.canonical(meta))
-      digests.seal(root)
-      if problems := verify(self.directory, step):
-        raise DemixError(f'checkpoint {root} is bad right after it was written: '
-                         f'{summary(problems)}; older ones are untouched; check the disk')
+      (work / STATE / 'commit_success.txt').write_text('committed\n')
+      write_atomic(work / META, digests.canonical(meta))
+      digests.seal(work)
+      if problems := problems_of(work, step):
+        raise OSError(f'bad right after it was written: {summary(problems)}')
+      work.rename(self.directory / str(step))
+      fsync_directory(self.directory)
       self._trusted.add(step)
       self._prune(step)
     except DemixError as e:
       self._error = e
     except BaseException as e:
-      self._error = self._failed(root, e)
+      self._error = self._failed(work, step, e)
 
-  def _failed(self, root, e) -> DemixError:
-    """The error of a save that ended early; what it left is removed."""
+  def _failed(self, work, step, e) -> DemixError:
+    """The error of a save that ended early; what it left is removed, as far as that goes now."""
     if self._orbax:
       with contextlib.suppress(Exception):
         self._orbax.close()  # it may hold the failed save
       self._orbax = None
-    if not os.path.lexists(root / digests.FILE):
-      shutil.rmtree(root, ignore_errors=True)
+    for _ in range(20):  # Orbax's other writes may go on for a moment; the next run cleans again
+      shutil.rmtree(work, ignore_errors=True)
+      if not work.exists():
+        break
+      time.sleep(0.05)
     full = re.search('no space left|file too large|quota exceeded', str(e), re.IGNORECASE)
     why = f'disk full: {full[0]}' if full else one_line(e)
-    return DemixError(f'checkpoint {root} was not saved ({why}); older ones are untouched; '
-                      f'{"free space and " if full else ""}run the same command again')
+    remedy = 'free space and run' if full else 'run'
+    return DemixError(f'checkpoint {self.directory / str(step)} was not saved ({why}); older ones '
+                      f'are untouched; {remedy} the same command again')
 
   def _prune(self, newest):
     """Deletes what `max_to_keep` and `keep_every` no longer want.
@@ -372,5 +388,5 @@ class Checkpoints:
         path = Path(entry.path)
         if entry.is_dir(follow_symlinks=False):
           unfinished = STEP.fullmatch(entry.name) and not os.path.lexists(path / digests.FILE)
-          if unfinished or '.orbax-checkpoint-tmp' in entry.name:
+          if unfinished or _WORK in entry.name:
             shutil.rmtree(path)

@@ -17,7 +17,7 @@ SCHEDULES = ('linear', 'cosine', 'wsd', 'constant')
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """AdamW and its schedule. The defaults are the papers' recipe (papers.md §1.2)."""
+  """AdamW and its schedule. The defaults are the papers' recipe (docs/method.md)."""
   learning_rate: float = option(5e-4, 'peak learning rate')
   schedule: str = option('linear', 'after warm-up: linear or cosine decay, wsd (warm-up, stable, '
                                    'linear decay at the end) or constant')
@@ -90,7 +90,7 @@ class AdamW:
       finite: bool scalar; if it is False, or a gradient is not finite, parameters and state stay
         exactly as they are.
       present_E: bool [E]; experts that are False are left exactly as they are: no decay, no
-        moment change (design decision 5). None: all experts had data.
+        moment change (docs/method.md). None: all experts had data.
 
     Returns:
       params, state, {'learning_rate', 'grad_norm', 'applied'}. grad_norm is before clipping,

@@ -3,7 +3,7 @@
 Axes are Auto (GSPMD); shardings are stated where arrays enter and leave `jax.jit`. Modules know no
 mesh. Because experts lead their leaves' axes and rows are expert-major, gradients of an expert are
 reduced inside its own group of devices only, and no collective of the forward pass crosses
-`expert` (DEMix, papers.md §2.2).
+`expert` (DEMix, docs/method.md).
 """
 
 import dataclasses

@@ -44,7 +44,7 @@ def micro_batches(batch: dict, count: int, groups: int) -> dict:
 def make_step(model: Model, adamw: AdamW, *, domains: int, balanced: bool, accumulation: int = 1):
   """(state, batch) → (state, metrics): one update with the gradient of one scalar.
 
-  That scalar is the token-mean NLL of the whole batch (design decision 5): Σ weight · nll /
+  That scalar is the token-mean NLL of the whole batch (docs/method.md): Σ weight · nll /
   Σ weight, whatever the number of micro-batches and devices.
 
   Args:

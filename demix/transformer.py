@@ -88,7 +88,7 @@ class ModelConfig:
       raise BadInput('model.ffn=demix without experts: name domains in data.domains')
 
 
-# The papers' four sizes (fairseq transformer_lm_gpt3_*; papers.md §1.1) and small ones of the
+# The papers' four sizes (fairseq transformer_lm_gpt3_*; docs/method.md) and small ones of the
 # same form; `llama` has RMSNorm, rotary positions, SwiGLU and no biases.
 PRESETS = {
     'tiny': dict(layers=2, d_model=32, heads=2),

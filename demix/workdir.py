@@ -34,7 +34,8 @@ def _let_go_in_child():
 os.register_at_fork(after_in_child=_let_go_in_child)
 
 
-def _fsync(directory):
+def fsync_directory(directory):
+  """Makes the names in a directory durable (what a rename or a new file needs)."""
   fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
   try:
     os.fsync(fd)
@@ -60,7 +61,7 @@ def write_atomic(path, data: bytes):
     with contextlib.suppress(OSError):
       os.unlink(temporary)
     raise
-  _fsync(path.parent)
+  fsync_directory(path.parent)
 
 
 def _make(workdir: Path):

@@ -160,10 +160,9 @@ def test_a_save_that_turns_out_bad_deletes_nothing(copy, monkeypatch):
   with pytest.raises(DemixError, match=r'bad right after .* state/_METADATA'):
     save(copy, 11, max_to_keep=1)
   monkeypatch.undo()
-  assert latest(copy)[0] == 10 and {9, 10} < set(checkpoint.steps(copy))
+  assert latest(copy) == (10, []) and sorted(os.listdir(copy)) == ['10', '9']
   save(copy, 11, max_to_keep=1)
-  assert latest(copy) == (11, []) and checkpoint.steps(copy) == [11]
-  assert sorted(os.listdir(copy)) == ['11', '11.bad']
+  assert latest(copy) == (11, []) and os.listdir(copy) == ['11']
 
 
 def test_a_bad_checkpoint_gives_way_under_another_name(copy):
@@ -193,7 +192,7 @@ def test_a_good_checkpoint_is_never_written_over(copy):
 def test_cleaning_removes_what_a_killed_save_left_and_nothing_else(copy):
   (copy / '11/state.orbax-checkpoint-tmp/d').mkdir(parents=True)
   (copy / '11/meta.json').write_text('{}')
-  (copy / '12.orbax-checkpoint-tmp-1').mkdir()
+  shutil.copytree(copy / '10', copy / '12.saving-1-0')
   (copy / 'notes').mkdir()
   shutil.copytree(copy / '9', copy / '9.bad')
   everything = sorted(os.listdir(copy))

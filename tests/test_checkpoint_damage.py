@@ -110,7 +110,7 @@ def test_latest_is_by_number_not_by_name_or_time(copy):
 
 def test_a_checkpoint_under_another_number_or_version_is_bad(copy):
   shutil.copytree(copy / '10', copy / '12')
-  assert checkpoint.verify(copy, 12) == ['meta.json: says step 10, its directory says 12']
+  assert checkpoint.verify(copy, 12) == ['meta.json: says step 10, expected 12']
   meta = checkpoint.read_meta(copy, 10)
   for change, problem in (({'version': 2}, 'version 2, this demix reads 1'),
                           ({'leaves': [1]}, '"leaves" does not give')):

@@ -42,6 +42,7 @@ def run(directory, moment, tell):
   if moment == 'before seal': at(digests, 'seal', True)
   if moment == 'during seal': at(digests, '_of_file', True)
   if moment == 'after seal': at(digests, 'seal', False)
+  if moment == 'after rename': at(checkpoint.Path, 'rename', False)
   if moment == 'while deleting': at(checkpoint.shutil, 'rmtree', True)
   if moment == 'while renaming': at(os, 'replace', True)
   saver = checkpoint.Checkpoints(directory, max_to_keep=2, clean=True)
@@ -107,7 +108,8 @@ def test_kills_at_random_moments_lose_no_finished_checkpoint(tmp_path, nursery):
 
 @pytest.mark.parametrize(('moment', 'leaves_something'), [
     ('before meta', True), ('before seal', True), ('during seal', True), ('while renaming', True),
-    ('after seal', False), ('while deleting', True)])
+    ('after seal', True),
+    ('after rename', False), ('while deleting', True)])
 def test_a_kill_at_each_critical_moment(tmp_path, nursery, moment, leaves_something):
   step = 0
   for _ in range(2):
@@ -153,13 +155,15 @@ def test_a_full_disk_costs_the_new_checkpoint_only(tmp_path):
     assert (done.returncode, done.stderr) == (0, '')
     return done.stdout.splitlines()
   lines = run('500', '1500')
+  assert latest(tmp_path) == (10, [])
+  Checkpoints(tmp_path, clean=True).close()
   assert everything() == before
   assert len(lines) == 4
   for line in lines:
     assert f'{tmp_path / "11"} was not saved (disk full' in line and 'untouched' in line
     assert len(line) < 300
-  run('500', '1500', '400'); os.system(f'find {tmp_path}/11')
-  assert latest(tmp_path) == (12, []) and os.listdir(tmp_path) == ['12']
+  run('500', '1500', '400')
+  assert latest(tmp_path) == (12, []) and checkpoint.steps(tmp_path) == [12]
 
 
 MESH = '''

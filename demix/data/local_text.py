@@ -1,7 +1,7 @@
 """The embedded corpus: text in clearly different domains that a Python installation already has.
 
-It is read from the standard library and from the packages that demix itself requires
-(`domains.py`), through their installation records, so whatever else is installed changes nothing.
+It is read from the standard library and, through their installation records, from the packages that
+demix itself requires (`local_domains.py`), so whatever else is installed changes nothing.
 
 * A *source* is one file, one folder of a data set, one package's description or one entry of the
   Python reference; of a long file, a stretch cut at a top-level border, so that no file can be most
@@ -27,8 +27,8 @@ from pathlib import Path
 
 import xxhash
 
-from demix.data import domains as sources
-from demix.data.domains import DOMAINS, Domain
+from demix.data import local_domains as sources
+from demix.data.local_domains import DOMAINS, Domain
 from demix.data.near_duplicates import NearDuplicates
 from demix.errors import BadInput
 from demix.progress import Progress

@@ -30,13 +30,14 @@ _BLANK_ONLY = tuple(
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     for numbers in (r'\p{N}{1,3}', r'\p{N}'))  # Llama 3 and cl100k; Qwen 2
 
-# Two neighbours that are in one run of the pre-tokenizer whatever its Unicode version. Not before an
-# apostrophe (but inside three): it starts a contraction there and is punctuation inside a run.
-_SAME_RUN = re.compile(
-    r"([^'])\1|''(?=')|[A-Za-z]{2}|[0-9]{2}|[!-&(-/:-@\[-`{-~]{2}|[\u0430-\u044f]{2}|"
-    r'[\u05d0-\u05ea]{2}|[\u0621-\u063a]{2}|[\u0905-\u0939]{2}|[\u0e01-\u0e2e]{2}|'
-    r'[\u3041-\u3094]{2}|[\u30a1-\u30fa]{2}|[\u4e00-\u9fa5]{2}|[\uac00-\ud7a3]{2}|'
-    r'[\U0001f300-\U0001f64f]{2}', re.DOTALL)
+# Characters that are no white space and whose class (letter, number, other) no version of Unicode
+# since 6.0 changed. Between two of them the pre-tokenizer is inside a run or at the end of one, and
+# goes on the same if the text starts there; so it does between blanks and between equal characters.
+# An apostrophe starts a contraction or not by what is before it, unless another one follows.
+_KNOWN = (r'!-&(-~\u00a1-\u02af\u0300-\u036f\u0391-\u03a1\u03a3-\u03c9\u0400-\u0481\u05d0-\u05ea'
+          r'\u0621-\u063a\u0641-\u064a\u0905-\u0939\u0e01-\u0e3a\u0e40-\u0e4e\u3001-\u3020'
+          r'\u3041-\u3094\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3\U0001f300-\U0001f64f')
+_JOINT = re.compile(rf"[{_KNOWN}]{{2}}|[ \t\n\r]{{2}}|([^'])\1|''(?=')", re.DOTALL)
 _TRIES = 16  # joints to try before the rest is encoded whole
 
 
@@ -73,7 +74,7 @@ def _pre_tokenizer(spec):
 
 
 def split(text: str, cut, size: int = SIZE) -> list:
-  """`text` in pieces of at least `size` characters, cut where the pattern `cut` matches."""
+  """`text` in pieces of at least `size` >= 1 characters, cut where the pattern `cut` matches."""
   if cut is None or len(text) <= size:
     return [text]
   out, start = [], 0
@@ -111,8 +112,8 @@ def encode_run(text: str, encode, token_bytes_V, window: int = 1 << 17) -> np.nd
 
 
 def _joints(text, start, window, ids, token_bytes_V):
-  """Yields (tokens before it, index in text) of ends of tokens inside a run, backwards from 7/8 of
-  the window: what the window cuts off at its end is behind them."""
+  """Yields (tokens before it, index in text) of ends of tokens where the text may be taken up again,
+  backwards from 7/8 of the window: what the window cuts off at its end is behind them."""
   data = np.frombuffer(text[start:start + window].encode(), np.uint8)
   starts_char = (data & 0xC0) != 0x80
   chars = np.cumsum(starts_char)
@@ -120,5 +121,5 @@ def _joints(text, start, window, ids, token_bytes_V):
   for count in range(int(np.searchsorted(ends, len(data) * 7 // 8)), 1, -1):
     end = ends[count - 1]
     at = start + int(chars[end]) - 1
-    if starts_char[end] and _SAME_RUN.match(text, at - 1):
+    if starts_char[end] and _JOINT.match(text, at - 1):
       yield count, at

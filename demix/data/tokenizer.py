@@ -162,8 +162,8 @@ class JsonTokenizer(Tokenizer):
     Raises:
       BadInput: no such file, not a pipeline of `tokenizers`, or one that draws at random.
     """
-    path = Path(path)
-    model = _read(path / 'tokenizer.json' if path.is_dir() else path)
+    path = Path(path) / 'tokenizer.json' if Path(path).is_dir() else Path(path)
+    model = _read(path)
     try:
       engine = _engine(model)
     except Exception as e:  # the library raises nothing narrower

@@ -1,4 +1,4 @@
-"""Perplexity and bits per byte per domain (papers.md §7): non-overlapping blocks over the packed
+"""Perplexity and bits per byte per domain (docs/method.md): non-overlapping blocks over the packed
 stream, every token predicted exactly once; or strided windows, where each token sees more context.
 """
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from packaging.requirements import Requirement
 
-from demix.data import domains, local_text
-from demix.data.domains import DISTRIBUTIONS, DOMAINS, Domain
+from demix.data import local_domains, local_text
+from demix.data.local_domains import DISTRIBUTIONS, DOMAINS, Domain
 from demix.data.local_text import SPLITS
 from demix.data.near_duplicates import NearDuplicates, similarity, windows
 from demix.data.source_code import CODE, PROSE, cut, split_notes, split_python, split_sessions
@@ -170,9 +170,9 @@ def test_a_standard_library_without_its_optional_parts(monkeypatch, tmp_path):
   """Debian splits tests, IDLE and headers off; here nothing at all is left of it."""
   monkeypatch.setattr(sysconfig, 'get_path', lambda name: str(tmp_path))
   for name in ('code', 'manuals'):
-    domains.forget()
+    local_domains.forget()
     assert sum(len(text) for text, _ in DOMAINS[name].collect()) > 300_000
-  domains.forget()
+  local_domains.forget()
 
 
 # ------------------------------------------------------------------ splits and order
@@ -295,7 +295,7 @@ def test_a_finished_folder_is_left_alone_until_a_version_changes(monkeypatch, tm
   plant(monkeypatch, a=ample('other'))
   assert local_text.write(tmp_path / 'c', max_bytes=200_000) == first
   assert contents(tmp_path / 'c') == before
-  monkeypatch.setattr(domains, 'versions', lambda: {'python': '4.0'})
+  monkeypatch.setattr(local_domains, 'versions', lambda: {'python': '4.0'})
   local_text.write(tmp_path / 'c', max_bytes=200_000)
   assert contents(tmp_path / 'c')['a/train.jsonl'] != before['a/train.jsonl']
   assert json.loads((tmp_path / 'c/local_text.json').read_text())['versions'] == {'python': '4.0'}

@@ -1,0 +1,18 @@
+r"""Dense LM, equal tokens per domain: the paper's Dense (balanced) (DEMix §4).
+
+  python -m demix train --config=configs/papers/demix/dense.py:125m \
+    --config.data.path=STORE --workdir=W
+
+Sizes: 125m, 350m, 760m, 1.3b. STORE holds the eight training domains.
+Paper: in-domain average perplexity 19.9 / 15.8 / 14.3 / 13.6 (from memory).
+Time: 48 hours on 32 (125m), 64, 128, 128 V100s in the paper. Not run here: only built and counted
+(tests/test_configs.py).
+"""
+
+from configs.papers.demix.recipe import recipe
+from demix.config import config_dict
+
+
+def get_config(size='125m'):
+  """size: 125m, 350m, 760m or 1.3b."""
+  return config_dict(recipe(size))

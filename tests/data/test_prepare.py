@@ -1,0 +1,532 @@
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from corpus_cases import document, jsonl, refused, small, verb, write
+
+from demix.__main__ import main
+from demix.data import duplicates
+from demix.data.prepare import PrepareConfig, prepare
+from demix.data.store import TokenStore
+from demix.errors import BadInput, Locked
+
+BYTES = PrepareConfig(tokenizer='bytes')
+QUIET = lambda line: None
+ROOT = Path(__file__).parents[2]
+
+
+def flags(folder, *more, tokenizer='bytes'):
+  return (f'--input={folder / "in"}', f'--out={folder / "out"}', f'--config.tokenizer={tokenizer}',
+          *more)
+
+
+def snapshot(folder):
+  """{path: (content, time of change, inode)} of everything below `folder`."""
+  return {str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns, p.stat().st_ino)
+          for p in folder.rglob('*') if p.is_file()}
+
+
+# What it makes.
+
+
+@pytest.mark.parametrize('kind', ['bytes', 'bpe', 'json', 'sentencepiece'])
+def test_texts_come_back_from_the_store(tmp_path, capsys, kind):
+  small(tmp_path / 'in')
+  more = ['--config.vocab_size=300']
+  if kind == 'json':
+    prepare(tmp_path / 'in', tmp_path / 'first', PrepareConfig(vocab_size=300), QUIET)
+    more = [f'--config.tokenizer_path={tmp_path / "first/tokenizer/tokenizer.json"}']
+  if kind == 'sentencepiece':
+    import sentencepiece
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(document(i) for i in range(40)), model_prefix=str(tmp_path / 'sp'),
+        vocab_size=330, byte_fallback=True, normalization_rule_name='identity', minloglevel=2,
+        remove_extra_whitespaces=False, model_type='bpe', add_dummy_prefix=False)
+    more = [f'--config.tokenizer_path={tmp_path / "sp.model"}']
+  code, out, err = verb(capsys, *flags(tmp_path, *more, tokenizer=kind))
+  assert code == 0, err
+  store = TokenStore.open(tmp_path / 'out')
+  store.verify()
+  made = store.tokenizer()
+  assert made.kind == kind and made.vocab_size > 256
+  for domain in store.domains:
+    for split in store.splits(domain):
+      texts = [json.loads(line)['text'] for line in
+               (tmp_path / f'in/{domain}/{split}.jsonl').read_text().splitlines()]
+      tokens, start = store.tokens(domain, split), 0
+      for (end, size), text in zip(store.documents(domain, split), texts, strict=True):
+        assert made.decode(tokens[start:end - 1]) == text and tokens[end - 1] == store.eod_id
+        assert store.token_bytes_V[tokens[start:end]].sum() == size == len(text.encode())
+        start = end
+  assert 'approximate' not in out
+
+
+def test_many_batches_are_one_stream(tmp_path, monkeypatch):
+  small(tmp_path / 'in', train=50)
+  whole = prepare(tmp_path / 'in', tmp_path / 'whole', BYTES, QUIET)
+  monkeypatch.setattr('demix.data.prepare._BATCH', 100)
+  parts = prepare(tmp_path / 'in', tmp_path / 'parts', BYTES, QUIET)
+  assert parts.fingerprint == whole.fingerprint
+  parts.verify()
+
+
+def test_the_table_and_the_card_say_the_same(tmp_path, capsys):
+  small(tmp_path / 'in', ('law', 'med'), train=1200)
+  (tmp_path / 'in/med/test.jsonl').unlink()
+  (tmp_path / 'in/law/notes.md').write_text('x')
+  code, out, _ = verb(capsys, *flags(tmp_path, '--config.novel=med'))
+  assert code == 0
+  card = json.loads((tmp_path / 'out/card.json').read_text())
+  entry = card['domains']['law']['splits']['train']
+  assert entry['documents'] == 1200
+  rows = [line.split() for line in out.splitlines()]
+  assert ['domain', 'split', 'documents', 'bytes', 'tokens', 'tokens/byte', 'skipped'] == rows[0]
+  assert rows[2][:3] == ['law', 'train', '1,200'] and float(rows[2][5]) == pytest.approx(
+      entry['tokens_per_byte'], abs=1e-4)
+  assert rows[5][:4] == ['med', '(novel)', 'train', '1,200']
+  assert [r[0] for r in rows[3:5] + rows[6:7]] == ['valid', 'test', 'valid']
+  assert 'warning: med has no test split' in out
+  assert 'warning: law: not used: notes.md' in out
+  assert f'{tmp_path / "out"}: a token store of 257 ids, fingerprint {card["fingerprint"]}' in out
+  assert 'exact duplicates across splits: none' in out
+
+
+def test_duplicates_are_found_across_splits_and_domains(tmp_path, capsys):
+  write(tmp_path / 'in', {
+      'law': {'train': ['a', 'b', 'c', 'c', 'd'], 'valid': ['v', 'b'], 'test': ['c', 'c', 'x']},
+      'med': {'train': ['z', 'c'], 'test': ['x', 'a', 'C', 'c ']}})
+  code, out, _ = verb(capsys, *flags(tmp_path))
+  pairs = [(p['a'], p['b'], p['documents'])
+           for p in TokenStore.open(tmp_path / 'out').card['duplicates']]
+  assert pairs == [('law/train', 'law/valid', 1), ('law/train', 'law/test', 1),
+                   ('law/train', 'med/train', 1), ('law/train', 'med/test', 1),
+                   ('law/test', 'med/train', 1), ('law/test', 'med/test', 1)]
+  assert '  law/train and law/valid: 1' in out
+
+
+def test_duplicates_do_not_depend_on_how_many_fit_in_memory(tmp_path):
+  rng, sets, files = np.random.default_rng(0), {}, {}
+  for name in 'abcd':
+    digests = rng.integers(0, 400, 300).astype(np.uint64)
+    sets[name] = set(digests.tolist())
+    files[name] = tmp_path / name
+    # Digests are uniform: spread the few values over all leading bits, the second half equal.
+    np.stack([digests * np.uint64(0x9E3779B97F4A7C15), digests * np.uint64(0)], 1).tofile(files[name])
+  expected = [{'a': a, 'b': b, 'documents': len(sets[a] & sets[b])}
+              for a in 'abcd' for b in 'abcd' if a < b]
+  for rows in (10_000, 100, 7):
+    assert duplicates.shared(files, rows) == expected
+
+
+def test_max_bytes_cuts_train_only(tmp_path):
+  small(tmp_path / 'in', train=100)
+  store = prepare(tmp_path / 'in', tmp_path / 'out', PrepareConfig(tokenizer='bytes', max_bytes=700),
+                  QUIET)
+  entry = store.card['domains']['law']['splits']
+  assert 700 <= entry['train']['bytes'] < 1000 and entry['test']['documents'] == 4
+
+
+def test_domains_are_chosen_and_ordered_by_the_config(tmp_path, capsys):
+  small(tmp_path / 'in', ('art', 'law', 'med'))
+  (tmp_path / 'in/not a domain').mkdir()  # not asked for, so not in the way
+  code, _, err = verb(capsys, *flags(tmp_path, '--config.domains=med,art', '--config.novel=art'))
+  assert code == 0, err
+  store = TokenStore.open(tmp_path / 'out')
+  assert store.domains == ('med', 'art') and store.roles == {'med': 'train', 'art': 'novel'}
+
+
+# The tokenizer that is trained.
+
+
+def test_bpe_learns_from_train_splits_of_train_domains_only(tmp_path):
+  secret = 'qzjxvkwqzjxvkw'
+  write(tmp_path / 'in', {'law': {'train': ['the law of the land'] * 3, 'test': [secret] * 50},
+                          'new': {'train': [secret] * 50}})
+  learnt = {}
+  for novel in ((), ('new',)):
+    store = prepare(tmp_path / 'in', tmp_path / 'out',
+                    PrepareConfig(vocab_size=300, novel=novel), QUIET)
+    learnt[novel] = len(store.tokenizer().encode([secret])[0])
+  assert learnt[()] < 4 and learnt[('new',)] == len(secret)
+
+
+def test_bpe_sample_is_bounded_balanced_and_the_same_in_any_order(tmp_path, monkeypatch):
+  seen = []
+  from demix.data.tokenizer import BpeTokenizer
+  train = BpeTokenizer.train.__func__
+  monkeypatch.setattr(BpeTokenizer, 'train', classmethod(
+      lambda cls, texts, size: train(cls, seen.append(list(texts)) or seen[-1], size)))
+  texts = {d: [f'{d} {document(i, 10 + i % 50)}' for i in range(300)] for d in ('law', 'med')}
+  stores = []
+  for order in (1, -1):
+    write(tmp_path / f'in{order}', {d: {'train': t[::order]} for d, t in texts.items()})
+    stores.append(prepare(tmp_path / f'in{order}', tmp_path / f'out{order}',
+                          PrepareConfig(vocab_size=300, sample_bytes=20_000), QUIET))
+  assert sorted(seen[0]) == sorted(seen[1])
+  for domain in ('law', 'med'):
+    size = sum(len(t.encode()) for t in seen[0] if t.startswith(domain))
+    assert 9_000 < size <= 10_000  # its share, less at most a document
+  a, b = (s.tokenizer_meta['fingerprint'] for s in stores)
+  assert a == b
+
+
+def test_a_document_above_the_share_gives_a_part_of_it(tmp_path):
+  write(tmp_path / 'in', {'law': {'train': ['cat sat ' * 5000]}})
+  store = prepare(tmp_path / 'in', tmp_path / 'out',
+                  PrepareConfig(vocab_size=300, sample_bytes=1024), QUIET)
+  assert store.vocab_size > 257 and len(store.tokenizer().encode([' cat'])[0]) == 1
+
+
+def test_too_little_text_for_the_vocabulary_is_said(tmp_path, capsys):
+  small(tmp_path / 'in')
+  code, out, _ = verb(capsys, *flags(tmp_path, '--config.vocab_size=5000', tokenizer='bpe'))
+  store = TokenStore.open(tmp_path / 'out')
+  assert code == 0 and store.vocab_size < 5000
+  assert f'config.vocab_size=5000, but so little text gave only {store.vocab_size} ids' in out
+
+
+def test_a_vocabulary_that_cannot_spell_the_text_is_said(tmp_path, capsys):
+  from tokenizers import Tokenizer, models, pre_tokenizers
+  engine = Tokenizer(models.WordLevel({'<unk>': 0, 'the': 1}, unk_token='<unk>'))
+  engine.pre_tokenizer = pre_tokenizers.Whitespace()
+  engine.save(str(tmp_path / 'words.json'))
+  write(tmp_path / 'in', {'law': {'train': ['the cat'], 'valid': ['the'], 'test': ['the the']}})
+  code, out, _ = verb(capsys, *flags(
+      tmp_path, f'--config.tokenizer_path={tmp_path / "words.json"}', tokenizer='json'))
+  assert code == 0
+  assert 'law/train: 1 of 3 ids are "unknown"' in out and 'law/valid' not in out
+  assert 'law/train: its ids stand for 3 bytes, its text has 7' in out
+
+
+# Again.
+
+
+def test_again_does_nothing_and_says_so_in_one_line(tmp_path, capsys):
+  small(tmp_path / 'in')
+  verb(capsys, *flags(tmp_path, tokenizer='bpe'))
+  before = snapshot(tmp_path / 'out')
+  for file in (tmp_path / 'in').rglob('*.jsonl'):
+    os.utime(file)  # newer, but the same
+  code, out, err = verb(capsys, *flags(tmp_path, tokenizer='bpe'))
+  assert code == 0 and out.count('\n') == 1 and 'nothing to do' in out and err == ''
+  assert snapshot(tmp_path / 'out') == before
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['in', 'out']
+
+
+def test_again_with_other_inputs_settings_or_tokenizer_makes_another(tmp_path):
+  small(tmp_path / 'in')
+  kinds = PrepareConfig(tokenizer='json', tokenizer_path=str(tmp_path / 'tokenizer.json'))
+  for i in (0, 1):
+    small(tmp_path / f'sample{i}', salt=i)
+    prepare(tmp_path / f'sample{i}', tmp_path / f'made{i}', PrepareConfig(vocab_size=300), QUIET)
+  tokenizer = lambda i: shutil.copy(tmp_path / f'made{i}/tokenizer/tokenizer.json', tmp_path)
+  text = tmp_path / 'in/law/test.jsonl'
+  steps = [
+      (BYTES, lambda: None), (BYTES, lambda: text.write_bytes(text.read_bytes()[:-2] + b'!"}')),
+      (BYTES, lambda: write(tmp_path / 'in', {'art': {'train': ['a']}})),
+      (PrepareConfig(tokenizer='bytes', domains=('med', 'art')), lambda: None),
+      (kinds, lambda: tokenizer(0)), (kinds, lambda: tokenizer(1))]
+  text.write_bytes(jsonl([document(1), document(2) + 'x']))
+  seen = []
+  for config, change in steps:
+    change()
+    said = []
+    store = prepare(tmp_path / 'in', tmp_path / 'out', config, said.append)
+    assert 'nothing to do' not in said[0]
+    store.verify()
+    seen.append(store.fingerprint)
+  assert len(set(seen)) == len(steps)
+  assert {p.name for p in tmp_path.iterdir()} >= {'in', 'out'} and not list(tmp_path.glob('.*'))
+  shutil.move(tmp_path / 'tokenizer.json', tmp_path / 'same.json')  # another path, same content
+  said = []
+  prepare(tmp_path / 'in', tmp_path / 'out', PrepareConfig(
+      tokenizer='json', tokenizer_path=str(tmp_path / 'same.json')), said.append)
+  assert store.fingerprint == TokenStore.open(tmp_path / 'out').fingerprint
+
+
+def test_a_damaged_store_is_made_again(tmp_path):
+  small(tmp_path / 'in')
+  store = prepare(tmp_path / 'in', tmp_path / 'out', BYTES, QUIET)
+  (tmp_path / 'out/law/test/tokens.bin').unlink()
+  assert prepare(tmp_path / 'in', tmp_path / 'out', BYTES, QUIET).fingerprint == store.fingerprint
+
+
+def test_a_corpus_that_changes_meanwhile_is_refused(tmp_path, monkeypatch):
+  small(tmp_path / 'in')
+  from demix.data import documents
+  texts = documents.Reader.texts
+
+  def changing(self, files):
+    yield from texts(self, files)
+    write(tmp_path / 'in', {'law': {'train': ['another text']}})
+  monkeypatch.setattr(documents.Reader, 'texts', changing)
+  with pytest.raises(BadInput, match='in/law/train.jsonl: it changed while it was read'):
+    prepare(tmp_path / 'in', tmp_path / 'out', BYTES, QUIET)
+  assert [p.name for p in tmp_path.iterdir()] == ['in']
+
+
+# Places and settings that are refused.
+
+
+def test_a_folder_that_is_no_store_is_refused_and_left_alone(tmp_path, capsys):
+  small(tmp_path / 'in')
+  (tmp_path / 'out').mkdir()
+  (tmp_path / 'out/thesis.tex').write_text('x')
+  for card in (None, '{}', '{"version": 1'):  # a card of something else is no token store either
+    if card:
+      (tmp_path / 'out/card.json').write_text(card)
+    before = snapshot(tmp_path)
+    err = refused(capsys, *flags(tmp_path))
+    assert f'--out={tmp_path / "out"}: not empty and not a token store' in err
+    assert snapshot(tmp_path) == before
+
+
+def test_an_empty_folder_is_taken_and_a_file_is_refused(tmp_path, capsys):
+  small(tmp_path / 'in')
+  (tmp_path / 'out').mkdir()
+  assert verb(capsys, *flags(tmp_path))[0] == 0
+  (tmp_path / 'file').write_text('x')
+  assert 'a file is there' in refused(capsys, *flags(tmp_path), f'--out={tmp_path / "file"}')
+  assert (tmp_path / 'file').read_text() == 'x'
+
+
+@pytest.mark.parametrize('inside', ['in', 'in/law', 'in/law/store'])
+def test_a_place_inside_the_corpus_is_refused(tmp_path, capsys, inside):
+  small(tmp_path / 'in')
+  before = snapshot(tmp_path)
+  assert '--out=' in refused(capsys, *flags(tmp_path), f'--out={tmp_path / inside}')
+  assert snapshot(tmp_path) == before
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_corpus_is_read(tmp_path, capsys):
+  small(tmp_path / 'in')
+  (tmp_path / 'in/law/train.jsonl').write_bytes(b'not JSON')  # would be the error if it were read
+  err = refused(capsys, *flags(tmp_path), '--out=/proc/demix/store')
+  assert '--out=/proc/demix/store: cannot write beside it' in err
+  (tmp_path / 'file').write_text('')
+  assert 'cannot write beside it (Not a directory' in refused(
+      capsys, *flags(tmp_path), f'--out={tmp_path / "file/store"}')
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason='needs to become another user')
+def test_a_read_only_folder_is_refused(tmp_path):
+  """As a user who may read but not write: root may write anywhere."""
+  small(tmp_path / 'in')
+  (tmp_path / 'closed').mkdir(mode=0o555)
+  code = ('import os, sys\nfrom demix.__main__ import main\nos.setuid(65534)\n'
+          'from demix.data.building import Building\nfrom demix.errors import BadInput\n'
+          'from pathlib import Path\n'
+          'try:\n  Building(Path(sys.argv[1])).__enter__()\nexcept BadInput as e:\n  print(e)')
+  for folder in (tmp_path, *tmp_path.parents[:2]):
+    folder.chmod(0o755)
+  run = subprocess.run([sys.executable, '-c', code, tmp_path / 'closed/store'],
+                       capture_output=True, text=True)
+  assert 'cannot write beside it (Permission denied' in run.stdout, run
+
+
+SETTINGS = {
+    '--config.tokenizer=tiktoken': "config.tokenizer: 'tiktoken' is not one of bytes, bpe",
+    '--config.on_bad_record=ignore': "config.on_bad_record: 'ignore' is not one of fail, skip",
+    '--config.vocab_size=256': 'config.vocab_size: 256 is not from 257',
+    '--config.sample_bytes=67108865': 'config.sample_bytes: 67108865 is not from 1024 to 67108864',
+    '--config.max_record_bytes=0': 'config.max_record_bytes: 0 is not from 1',
+    '--config.tokenizer=json': "config.tokenizer_path: missing, but tokenizer 'json' is a file",
+    '--config.tokenizer_path=x.json': "config.tokenizer_path: 'x.json', but tokenizer 'bytes' has",
+    '--config.domains=law,mde': "config.domains: no folder 'mde' in",
+    '--config.domains=law,law': 'config.domains: a domain is named twice',
+    '--config.novel=mde': "config.novel: no domain 'mde' (did you mean 'med'?)",
+    '--config.vocabsize=9': 'config.vocabsize: no such key (did you mean',
+    '--input=': '--input is missing', '--out=': '--out is missing',
+}
+
+
+@pytest.mark.parametrize('flag', SETTINGS)
+def test_settings_that_cannot_be_used_are_refused(tmp_path, capsys, flag):
+  small(tmp_path / 'in')
+  assert SETTINGS[flag] in refused(capsys, *flags(tmp_path), flag)
+  assert [p.name for p in tmp_path.iterdir()] == ['in']
+
+
+def test_bpe_without_a_train_domain_is_refused(tmp_path, capsys):
+  small(tmp_path / 'in')
+  err = refused(capsys, *flags(tmp_path, '--config.novel=law,med', tokenizer='bpe'))
+  assert 'all domains are novel' in err
+
+
+# Interrupted, and two at once.
+
+
+def _wait(condition):
+  end = time.monotonic() + 20
+  while not condition():
+    assert time.monotonic() < end
+    time.sleep(0.002)
+
+
+def test_killed_at_any_moment_it_leaves_a_whole_store_or_none(tmp_path):
+  """Random moments: from before the first file to after the last."""
+  small(tmp_path / 'in', train=3000)
+  command = [sys.executable, '-m', 'demix', 'prepare',
+             *flags(tmp_path, '--config.vocab_size=300', tokenizer='bpe')]
+  building, card = tmp_path / '.out.building', tmp_path / 'out/card.json'
+  started = time.monotonic()
+  subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+  seconds = time.monotonic() - started
+  reference, rng, killed = TokenStore.open(tmp_path / 'out').fingerprint, random.Random(0), 0
+  shutil.rmtree(tmp_path / 'out')
+  for _ in range(5):
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    _wait(lambda: building.exists() or card.exists())
+    time.sleep(rng.random() * seconds * 0.8)
+    process.send_signal(signal.SIGKILL)
+    killed += process.wait() == -signal.SIGKILL
+    if card.exists():
+      store = TokenStore.open(tmp_path / 'out')
+      store.verify()
+      assert store.fingerprint == reference
+      shutil.rmtree(tmp_path / 'out')
+    else:
+      with pytest.raises(BadInput, match='no such token store'):
+        TokenStore.open(tmp_path / 'out')
+  assert killed
+  subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+  assert TokenStore.open(tmp_path / 'out').fingerprint == reference
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['in', 'out']
+
+
+# Forks itself for every k, and kills the child before its k-th change of the file system: the names
+# are those of the calls through which files come, get their content made sure, move and go.
+KILLER = '''
+import os, signal, sys
+from pathlib import Path
+from demix.data.prepare import PrepareConfig, prepare
+from demix.data.store import TokenStore
+from demix.errors import BadInput
+folder, k = Path(sys.argv[1]), 0
+config = PrepareConfig(tokenizer="bytes")
+while True:
+  k += 1
+  if (child := os.fork()) == 0:
+    left = k
+    def counted(call):
+      def count(*args, **kwargs):
+        global left
+        left -= 1
+        if left == 0:
+          os.kill(os.getpid(), signal.SIGKILL)
+        return call(*args, **kwargs)
+      return count
+    for name in ("mkdir", "fsync", "rename", "unlink", "rmdir"):
+      setattr(os, name, counted(getattr(os, name)))
+    prepare(folder / "in", folder / "out", config, print if False else lambda line: None)
+    os._exit(0)
+  status = os.waitpid(child, 0)[1]
+  try:
+    store = TokenStore.open(folder / "out")
+    store.verify()
+    print(k, store.fingerprint)
+  except BadInput as e:
+    assert "no such token store" in str(e), e
+    print(k, "none")
+  if os.WIFEXITED(status):
+    assert os.WEXITSTATUS(status) == 0
+    break
+'''
+
+
+@pytest.mark.parametrize('replaced', [False, True])
+def test_killed_before_every_change_of_the_file_system(tmp_path, replaced):
+  write(tmp_path / 'in', {'law': {'train': ['one'], 'test': ['two']}})
+  if replaced:
+    old = prepare(tmp_path / 'in', tmp_path / 'out', BYTES, QUIET).fingerprint
+    write(tmp_path / 'in', {'law': {'train': ['three']}})
+  new = prepare(tmp_path / 'in', tmp_path / 'new', BYTES, QUIET).fingerprint
+  shutil.rmtree(tmp_path / 'new')
+  run = subprocess.run([sys.executable, '-c', KILLER, tmp_path], capture_output=True, text=True)
+  assert run.returncode == 0, run.stderr
+  states = [line.split()[1] for line in run.stdout.splitlines()]
+  assert len(states) > 10 and states[-1] == new
+  # Before the swap what was there, in its middle nothing, then the new one for good.
+  before = [s for s in states if s != new]
+  assert states == before + [new] * (len(states) - len(before))
+  assert set(before) <= ({old, 'none'} if replaced else {'none'})
+  assert before.count('none') <= 2 or not replaced
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['in', 'out']
+
+
+def test_two_at_once_are_refused_and_the_first_goes_on(tmp_path, capsys, monkeypatch):
+  small(tmp_path / 'in')
+  from demix.data import building
+  with building.Building(tmp_path / 'out') as first:
+    (first.path / 'half').write_text('x')
+    assert main(['prepare', *flags(tmp_path)]) == Locked.code == 6
+    out, err = capsys.readouterr()
+    assert 'another process is making this store' in err and err.count('\n') == 1
+    assert (first.path / 'half').exists()
+  assert verb(capsys, *flags(tmp_path))[0] == 0
+
+
+# The rest.
+
+
+def test_progress_goes_to_stderr_over_the_bytes_of_the_input(tmp_path, capsys, monkeypatch):
+  small(tmp_path / 'in')
+  from demix.data import prepare as module
+  total = sum(p.stat().st_size for p in (tmp_path / 'in').rglob('*.jsonl'))
+  train = sum(p.stat().st_size for p in (tmp_path / 'in').rglob('train.jsonl'))
+  ends = {}
+  close = module._Bytes.close
+
+  def closing(self, note=''):
+    ends[self.label] = (self._done, self.total)
+    close(self, f'{self._done} {note}')
+  monkeypatch.setattr(module._Bytes, 'close', closing)
+  code, out, err = verb(capsys, *flags(tmp_path, tokenizer='bpe'))
+  assert code == 0
+  assert ends == {'reading': (total, total), 'tokenizing': (total, total),
+                  'sampling for the tokenizer': (train, train)}
+  assert 'tokenizing' in err and 'tokenizing' not in out
+
+
+def test_local_text_is_written_beside_the_store_with_its_roles(tmp_path, capsys, monkeypatch):
+  asked = []
+
+  def local(folder, domains=None):
+    asked.append((folder, domains))
+    small(folder, ('py', 'docs'))
+    return {'py': {'role': 'train'}, 'docs': {'role': 'novel'}}
+  monkeypatch.setitem(sys.modules, 'demix.data.local_text', types.SimpleNamespace(write=local))
+  monkeypatch.delattr('demix.data.local_text', raising=False)
+  for said in ('a token store of 257 ids', 'nothing to do'):
+    code, out, err = verb(capsys, '--input=local_text', f'--out={tmp_path / "out"}',
+                          '--config.tokenizer=bytes')
+    assert code == 0 and said in out, err
+  assert TokenStore.open(tmp_path / 'out').roles == {'py': 'train', 'docs': 'novel'}
+  assert asked == [(tmp_path / 'out_text', None)] * 2
+
+
+def test_prepare_imports_no_jax(tmp_path):
+  small(tmp_path / 'in')
+  code = ('import sys\nfrom demix.__main__ import main\n'
+          'assert main(["prepare", *sys.argv[1:]]) == 0\n'
+          'print(sorted({"jax", "flax", "grain", "tensorflow"} & set(sys.modules)))')
+  run = subprocess.run([sys.executable, '-c', code, *flags(tmp_path, tokenizer='bpe')], cwd=ROOT,
+                       capture_output=True, text=True, check=True)
+  assert run.stdout.splitlines()[-1] == '[]'
+
+
+def test_a_card_names_no_path_of_the_machine(tmp_path):
+  small(tmp_path / 'in')
+  prepare(tmp_path / 'in', tmp_path / 'first', PrepareConfig(vocab_size=300), QUIET)
+  prepare(tmp_path / 'in', tmp_path / 'out', PrepareConfig(
+      tokenizer='json', tokenizer_path=str(tmp_path / 'first/tokenizer/tokenizer.json')), QUIET)
+  assert str(tmp_path) not in (tmp_path / 'out/card.json').read_text()
