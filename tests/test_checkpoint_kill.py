@@ -44,11 +44,11 @@ def run(directory, moment, tell):
   if moment == 'after seal': at(digests, 'seal', False)
   if moment == 'after rename': at(checkpoint.Path, 'rename', False)
   if moment == 'while deleting': at(checkpoint.shutil, 'rmtree', True)
+  if moment == 'amid deleting': at(os, 'unlink', False)
   if moment == 'while renaming': at(os, 'replace', True)
   saver = checkpoint.Checkpoints(directory, max_to_keep=2, clean=True)
-  step = checkpoint.latest(directory) or 0
-  while True:
-    step += 1
+  first = 1 + (checkpoint.latest(directory) or 0)
+  for step in range(first, first + 50):
     saver.save(step, state_of(step), {})
     if not armed:
       saver.wait()
@@ -61,6 +61,7 @@ for line in sys.stdin:
   child = os.fork()
   if not child:
     run(directory, moment, tell)
+    os._exit(0)  # the moment never came
   os.close(tell)
   assert os.read(ready, 1) == b'!', 'the child died by itself'
   if moment == 'random':
@@ -109,7 +110,8 @@ def test_kills_at_random_moments_lose_no_finished_checkpoint(tmp_path, nursery):
 @pytest.mark.parametrize(('moment', 'leaves_something'), [
     ('before meta', True), ('before seal', True), ('during seal', True), ('while renaming', True),
     ('after seal', True),
-    ('after rename', False), ('while deleting', True)])
+    ('after rename', False), ('while deleting', True),
+    ('amid deleting', True)])
 def test_a_kill_at_each_critical_moment(tmp_path, nursery, moment, leaves_something):
   step = 0
   for _ in range(2):

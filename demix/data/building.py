@@ -41,7 +41,7 @@ class Building:
     if any(out.iterdir()) and not _is_store(out):
       raise BadInput(f'--out={out}: not empty and not a token store (no card.json of one): name '
                      'another folder, or empty it')
-    if out.stat().st_dev != out.parent.stat().st_dev:
+    if os.path.ismount(out):
       raise BadInput(f'--out={out}: a mount point cannot be replaced: name a folder inside it')
 
   @staticmethod

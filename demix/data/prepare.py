@@ -136,7 +136,9 @@ def _local_text(out, config):
     raise BadInput(f'--out={out}: cannot write its text to {folder} ({e.strerror}): name a folder '
                    'in a writable place') from None
   novel = config.novel or tuple(n for n, about in roles.items() if about['role'] == 'novel')
-  return folder, dataclasses.replace(config, novel=novel, domains=config.domains or tuple(roles))
+  # A domain that this machine lacks was named and left out by `write`.
+  domains = tuple(d for d in config.domains if d in roles) or tuple(roles)
+  return folder, dataclasses.replace(config, novel=novel, domains=domains)
 
 
 def _described(config):

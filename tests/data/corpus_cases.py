@@ -33,7 +33,7 @@ def write(folder: Path, domains: dict) -> Path:
 def small(folder: Path, domains=('law', 'med'), train: int = 20, salt: int = 0) -> Path:
   """Domains of three splits, `train` train documents each."""
   return write(folder, {
-      d: {s: [document(1000 * i + 100 * j + k + 7 * salt) for k in range(n)]
+      d: {s: [document(100_000 * i + 10_000 * j + k + 7 * salt) for k in range(n)]
           for j, (s, n) in enumerate((('train', train), ('valid', 3), ('test', 4)))}
       for i, d in enumerate(domains)})
 

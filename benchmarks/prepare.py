@@ -1,0 +1,131 @@
+"""How fast `prepare` is on one core, and how much memory it takes.
+
+  python benchmarks/prepare.py [--full] [--megabytes=64] [--repeats=7] [--texts=FOLDER]
+
+Prints the rate of byte-level BPE (beside that of the library given whole documents, in turns), then
+runs `python -m demix prepare` on one generated file and prints its wall time, CPU time and peak
+memory. --full: a file of 1 GB. --texts: files to take text from (*.py and *.txt, in all folders
+below); the standard library of this Python by default.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+import orjson
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # from a checkout, without installing
+
+
+def texts(folder: Path):
+  """Documents of at most 20 kB from the text files below `folder`, in one order everywhere."""
+  for path in sorted(p for s in ('*.py', '*.txt') for p in folder.rglob(s)
+                     if 'site-packages' not in p.parts):
+    text = path.read_text('utf-8', 'ignore')
+    for start in range(0, len(text), 20_000):
+      yield text[start:start + 20_000]
+
+
+def generate(file: Path, folder: Path, size: int) -> int:
+  """Writes JSON Lines of `size` bytes of text; each round over the texts changes them a little, so
+  that none is there twice. Returns the bytes written."""
+  written, turn = 0, 0
+  with open(file, 'wb') as f:
+    while written < size:
+      for text in texts(folder):
+        text = f'{turn} {text.replace("self", f"self{turn}")}' if turn else text
+        f.write(orjson.dumps({'text': text}) + b'\n')
+        written += len(text.encode())
+        if written >= size:
+          break
+      turn += 1
+  return written
+
+
+def spread(values):
+  return f'median {statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})'
+
+
+def encoding(folder: Path, repeats: int):
+  """Prints rates of encoding 8 MB of documents: ours, and the library's with whole documents."""
+  from demix.data.tokenizer import BpeTokenizer
+  sample, size = [], 0
+  for text in texts(folder):
+    sample.append(text)
+    size += len(text.encode())
+    if size > 8e6:
+      break
+  started = time.perf_counter()
+  made = BpeTokenizer.train(sample, 8192)
+  print(f'training: {made.vocab_size} ids from {size / 1e6:.1f} MB in '
+        f'{time.perf_counter() - started:.1f} s')
+  library = lambda: made._engine.encode_batch_fast(sample, add_special_tokens=False)
+  rates, cpu, ratios, tokens = [], [], [], 0
+  for _ in range(repeats):
+    times = []
+    for call in (lambda: made.encode(sample), library):
+      wall, process = time.perf_counter(), time.process_time()
+      out = call()
+      times.append((time.perf_counter() - wall, time.process_time() - process))
+      tokens = tokens or sum(map(len, out))
+      del out
+    rates.append(size / 1e6 / times[0][0])
+    cpu.append(size / 1e6 / times[0][1])
+    ratios.append(times[1][1] / times[0][1])
+  print(f'encoding, MB/s of wall time:  {spread(rates)}')
+  print(f'encoding, MB/s of CPU time:   {spread(cpu)}, '
+        f'{statistics.median(cpu) * tokens / size:.2f} M tokens/s')
+  print(f'ours / library, of CPU time:  {spread(ratios)} over {repeats} turns')
+
+
+def preparing(folder: Path, size: int):
+  """Prints what a whole prepare of one generated file takes."""
+  with tempfile.TemporaryDirectory() as temporary:
+    temporary = Path(temporary)
+    (temporary / 'in/generated').mkdir(parents=True)
+    written = generate(temporary / 'in/generated/train.jsonl', folder, size)
+    command = [sys.executable, '-m', 'demix', 'prepare', f'--input={temporary / "in"}',
+               f'--out={temporary / "out"}', '--config.sample_bytes=33554432']
+    for label in ('first time', 'again'):
+      started = time.perf_counter()
+      process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+      _, status, used = os.wait4(process.pid, 0)
+      wall = time.perf_counter() - started
+      process.returncode = os.waitstatus_to_exitcode(status)
+      assert process.returncode == 0, process.returncode
+      cpu = used.ru_utime + used.ru_stime
+      print(f'prepare, {label}: {written / 1e6:.0f} MB of text in {wall:.1f} s wall, {cpu:.1f} s '
+            f'CPU: {written / 1e6 / wall:.2f} MB/s, {written / 1e6 / cpu:.2f} MB per CPU second; '
+            f'peak memory {used.ru_maxrss / 1e3:.0f} MB')
+    card = orjson.loads((temporary / 'out/card.json').read_bytes())
+    print('  ', card['domains']['generated']['splits']['train'])
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('--full', action='store_true', help='a file of 1 GB')
+  parser.add_argument('--megabytes', type=int, default=64)
+  parser.add_argument('--repeats', type=int, default=7)
+  parser.add_argument('--texts', type=Path, default=Path(sysconfig.get_path('stdlib')))
+  args = parser.parse_args()
+  core = min(os.sched_getaffinity(0))
+  os.sched_setaffinity(0, {core})  # children too: everything below is on one core
+  os.environ['RAYON_NUM_THREADS'] = '1'
+  # A process of its own: a child's peak memory starts with that of the process that forked it.
+  if os.fork() == 0:
+    encoding(args.texts, args.repeats)
+    sys.stdout.flush()
+    os._exit(0)
+  os.wait()
+  preparing(args.texts, 10**9 if args.full else args.megabytes * 10**6)
+
+
+if __name__ == '__main__':
+  main()
