@@ -7,6 +7,8 @@ W/checkpoints/<step>/
                  leaves under params/) and "state_digest" (of all leaves)
   digests.json   {"version", "files": {path: {"size", "xxh3_128"}}, "self"}; written last: without
                  it the checkpoint does not exist
+Beside them, and no checkpoints: `<step>.saving-…`, being written or left by a kill; `<step>.bad`,
+damaged and made way for the same step.
 
 State is a flat dict of canonical names (`params/embed/tokens`, `optimizer/count` …) to arrays.
 Content digests depend on name, dtype, shape and bytes of the leaves only; two runs are the same by

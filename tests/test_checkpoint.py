@@ -4,6 +4,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +114,7 @@ def test_the_digest_of_a_leaf_sees_name_type_shape_and_every_bit():
     y[bit // 8] ^= 1 << bit % 8
     seen.add(digests.of_leaf('a', np.frombuffer(y, np.int32).reshape(2, 3)))
   assert len(seen) == 6 + x.nbytes * 8
+  assert digests.of_leaf('a', np.asfortranarray(x)) == digests.of_leaf('a', jnp.asarray(x))
   zero = jnp.zeros((2,), jnp.bfloat16)
   assert digests.of_leaf('a', zero) != digests.of_leaf('a', -zero)
 
@@ -144,12 +147,33 @@ def test_the_newest_and_every_nth_stay(tmp_path):
   assert sorted(os.listdir(tmp_path)) == ['3', '6', '7']
 
 
+def test_every_byte_is_durable_before_the_checkpoint_has_its_name(tmp_path, monkeypatch):
+  calls, fsync, rename = [], os.fsync, Path.rename
+  monkeypatch.setattr(os, 'fsync', lambda fd: (
+      calls.append(Path(os.readlink(f'/proc/self/fd/{fd}'))), fsync(fd)))
+  monkeypatch.setattr(Path, 'rename', lambda a, b: (calls.append((a, b)), rename(a, b)))
+  save(tmp_path, 1)
+  work, final = next(c for c in calls if isinstance(c, tuple))
+  named = calls.index((work, final))
+  assert final == tmp_path / '1' and tmp_path in calls[named:]
+  below = {p.relative_to(final) for p in final.rglob('*')
+           if p.is_file() or any(f.is_file() for f in p.iterdir())}
+  synced = {c.relative_to(work) for c in calls[:named] if c.is_relative_to(work)}
+  assert len(below) > 10 and below - {Path('digests.json')} <= synced
+  assert {Path('.')} < synced and any(s.name.startswith('.digests.json') for s in synced)
+
+
 def test_a_bad_checkpoint_does_not_cost_a_good_one_its_place(copy):
   flip(0)(copy / '10/meta.json')
   save(copy, 8, max_to_keep=2)  # a run that resumed before 9
   assert checkpoint.steps(copy) == [8, 9, 10]
   save(copy, 11, max_to_keep=2)
   assert checkpoint.steps(copy) == [9, 10, 11]
+
+
+def test_what_was_just_saved_stays_even_if_there_are_newer_ones(copy):
+  save(copy, 7, 8, max_to_keep=1)
+  assert checkpoint.steps(copy) == [8, 10]
 
 
 def test_a_save_that_turns_out_bad_deletes_nothing(copy, monkeypatch):
@@ -226,12 +250,15 @@ def test_meta_that_cannot_be_saved_is_refused(tmp_path, meta):
   assert os.listdir(tmp_path) == []
 
 
-def test_what_the_caller_changes_after_save_is_not_in_the_checkpoint(tmp_path):
+def test_what_the_caller_changes_after_save_is_not_in_the_checkpoint(tmp_path, monkeypatch):
+  changed, real = threading.Event(), digests.of_leaf
+  monkeypatch.setattr(digests, 'of_leaf', lambda *args: changed.wait(20) and real(*args))
   state, meta = {'a': np.ones(1000, np.float32)}, {'ledger': {'tokens': 1}}
   with Checkpoints(tmp_path) as c:
     c.save(1, state, meta)
     state['a'][:] = 2
     state['b'] = meta['ledger']['tokens'] = 3
+    changed.set()
   assert checkpoint.read_meta(tmp_path, 1)['ledger'] == {'tokens': 1}
   back = checkpoint.restore(tmp_path, 1, like({'a': state['a']}))
   same_bits(back, {'a': np.ones(1000, np.float32)})

@@ -48,6 +48,8 @@ def test_damage_to_any_file_is_named_and_the_one_before_is_used(copy, kind):
     else:
       problems = checkpoint.verify(copy, 10)
       assert any(p.startswith(f'{name}: ') for p in problems), (name, problems)
+      if kind in ('truncated', 'longer', 'empty') and name != 'digests.json':
+        assert f' bytes, expected {(copy.parent / "good" / name).stat().st_size}' in problems[0]
       step, warnings = latest(copy)
       assert step == 9 and len(warnings) == 1, name
       assert f'{copy / "10"} ' in warnings[0] and name in warnings[0] and '\n' not in warnings[0]

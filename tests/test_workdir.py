@@ -21,9 +21,8 @@ from demix.errors import DemixError
 from demix.workdir import hold
 try:
   with hold(sys.argv[1], 'train'):
-    if sys.argv[2] == 'worker' and os.fork() == 0:
-      time.sleep(60)
-    print('held', flush=True)
+    if sys.argv[2] != 'worker' or os.fork() == 0:  # the worker says it, so that it is there
+      print('held', flush=True)
     time.sleep(0 if sys.argv[2] == 'once' else 60)
 except DemixError as e:
   print(f'error: {e}', file=sys.stderr)
