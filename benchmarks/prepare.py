@@ -118,7 +118,7 @@ def main():
   core = min(os.sched_getaffinity(0))
   os.sched_setaffinity(0, {core})  # children too: everything below is on one core
   os.environ['RAYON_NUM_THREADS'] = '1'
-  # A process of its own: a child's peak memory starts with that of the process that forked it.
+  # A process of its own: the peak memory of a child starts with that of its parent.
   if os.fork() == 0:
     encoding(args.texts, args.repeats)
     sys.stdout.flush()

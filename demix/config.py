@@ -78,12 +78,17 @@ def complete(config: Config, store: TokenStore, saved: dict | None = None) -> Co
   data, model, optimizer = config.data, config.model, config.optimizer
   domains = data.domains or tuple(
       d for d in store.domains if store.roles[d] == 'train')
+  if not domains:
+    raise BadInput(f'{store.path} has no domain to train on, only novel ones '
+                   f'({", ".join(store.domains)}): name some in data.domains')
   for name in domains:
     if name not in store.domains:
       raise BadInput(f'data.domains: {store.path} has no domain {name!r}'
                      f'{settings.nearest(name, store.domains)}')
   data = dataclasses.replace(data, domains=domains)
   data.check()
+  if not 0 <= config.seed < 1 << 31:
+    raise BadInput(f'seed={config.seed} is not between 0 and {(1 << 31) - 1}')
   config.train.check()
   optimizer.check()
   rows = data.batch_size // len(domains) if data.sampling == 'balanced' else data.batch_size
@@ -91,7 +96,7 @@ def complete(config: Config, store: TokenStore, saved: dict | None = None) -> Co
     per = ' per domain' if data.sampling == 'balanced' else ''
     raise BadInput(f'train.accumulation={config.train.accumulation} does not divide {rows} '
                    f'sequences{per} of an update: change it or data.batch_size')
-  if model.vocab_size or model.max_length or (model.experts and model.ffn != 'demix'):
+  if model.vocab_size or model.max_length or model.experts:
     raise BadInput('model.vocab_size, model.max_length and model.experts come from the data: '
                    'leave them 0, 0 and ()')
   model = dataclasses.replace(
@@ -105,6 +110,14 @@ def complete(config: Config, store: TokenStore, saved: dict | None = None) -> Co
     optimizer = dataclasses.replace(optimizer, schedule_steps=steps)
   data = dataclasses.replace(data, path=os.path.abspath(store.path))
   return dataclasses.replace(config, data=data, model=model, optimizer=optimizer)
+
+
+def domain_symbols(config: Config):
+  """Ids of the <domain> symbols (+DomainToken baseline) of a completed config, or None."""
+  if not config.data.domain_token:
+    return None
+  first = config.model.vocab_size - len(config.data.domains)
+  return tuple(range(first, config.model.vocab_size))
 
 
 def identity(config: Config, store: TokenStore) -> dict:

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from demix import tree
+from demix.errors import BadInput
+from demix.settings import nearest
 from demix.transformer import ExecutionConfig, ModelConfig, Transformer
 
 
@@ -49,11 +51,12 @@ class Model:
     return jax.eval_shape(self.init, 0)
 
   def apply(self, params, tokens_BL, route, taps=(), *, segments_BL=None, positions_BL=None,
-            balanced=False):
+            balanced=False, constrain=lambda x: x):
     """→ hidden [B, L, D], aux, taps; see transformer.Transformer.__call__."""
     return nnx.merge(self._graph, params)(
         tokens_BL, route, taps, segments_BL=segments_BL, positions_BL=positions_BL,
-        balanced=balanced, execution=self.execution, dtype=jnp.dtype(self.dtype))
+        balanced=balanced, execution=self.execution, dtype=jnp.dtype(self.dtype),
+        constrain=constrain)
 
   def output_table(self, params):
     """[table_rows, D]: the matrix whose products with hidden states are the logits."""
@@ -64,7 +67,17 @@ class Model:
     return tree.canonical(params, self.config.experts)
 
   def running(self, flat: dict) -> dict:
-    """Flat canonical leaves → running tree."""
+    """Flat canonical leaves → running tree.
+
+    Raises:
+      BadInput: leaves that this model has are missing, or others are there; the first is named.
+    """
+    known = jax.eval_shape(self.canonical, self.abstract)
+    for names, what in ((known.keys() - flat.keys(), 'missing'),
+                        (flat.keys() - known.keys(), 'there, but not part of this model')):
+      if names:
+        more = f' (and {len(names) - 1} more)' if len(names) > 1 else ''
+        raise BadInput(f'leaf {min(names)} is {what}{more}')
     return tree.running(flat, self.config.period, self.config.experts)
 
   def counts(self) -> tuple[int, int]:
@@ -86,8 +99,6 @@ def expert_slice(model: Model, params: dict, expert: str) -> tuple[Model, dict]:
   Raises:
     BadInput: the model has no such expert.
   """
-  from demix.errors import BadInput
-  from demix.settings import nearest
   names = model.config.experts
   if expert not in names:
     raise BadInput(f'no expert {expert!r}{nearest(expert, names)}')

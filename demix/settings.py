@@ -102,6 +102,23 @@ def from_dict(cls, mapping, path: str = 'config'):
   return cls(**values)
 
 
+def check_path(cls, path: str, start: str = 'config'):
+  """BadInput unless `path` ('model.d_model') names a field of `cls`, a group of it, or a key of a
+  dict; the nearest name is given."""
+  name, _, rest = path.partition('.')
+  fields = {f.name: f for f in dataclasses.fields(cls)}
+  if name not in fields:
+    raise BadInput(f'{start}.{name}: no such key{nearest(name, fields)}')
+  default, where = default_of(fields[name]), f'{start}.{name}'
+  if dataclasses.is_dataclass(default):
+    if not rest:
+      raise BadInput(f'{where}: a group of keys: set one of them, '
+                     f'{where}.{dataclasses.fields(default)[0].name} for example')
+    check_path(type(default), rest, where)
+  elif rest and not isinstance(default, dict):
+    raise BadInput(f'{where}: has no keys, {path!r} goes too deep')
+
+
 def to_dict(config) -> dict:
   """The nested plain dict of a configuration dataclass (tuples stay tuples)."""
   out = {}

@@ -15,7 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from demix import checkpoint, loss, settings, sharding
-from demix.config import Config, complete, data_fingerprint, digest, identity
+from demix.config import (
+  Config,
+  complete,
+  data_fingerprint,
+  digest,
+  domain_symbols,
+  identity,
+)
 from demix.data.batches import Batches
 from demix.data.store import TokenStore
 from demix.errors import NonFinite, Preempted
@@ -24,7 +31,7 @@ from demix.metrics import Metrics
 from demix.optimizer import AdamW
 from demix.params import Model
 from demix.progress import Progress, duration, quantity
-from demix.workdir import check_identity, load_config, save_config
+from demix.workdir import check_identity, load_identity, save_config
 
 
 def micro_batches(batch: dict, count: int, groups: int) -> dict:
@@ -35,13 +42,15 @@ def micro_batches(batch: dict, count: int, groups: int) -> dict:
     groups: row groups that must stay balanced (the domains of an expert-major batch, else 1).
   """
   def split(x):
+    # Every count-th row: rows that lie on different devices stay there in each micro-batch.
     rows = x.shape[0] // (groups * count)
-    x = x.reshape(groups, count, rows, *x.shape[1:]).swapaxes(0, 1)
+    x = jnp.moveaxis(x.reshape(groups, rows, count, *x.shape[1:]), 2, 0)
     return x.reshape(count, groups * rows, *x.shape[3:])
   return {name: split(x) for name, x in batch.items()}
 
 
-def make_step(model: Model, adamw: AdamW, *, domains: int, balanced: bool, accumulation: int = 1):
+def make_step(model: Model, adamw: AdamW, *, domains: int, balanced: bool, accumulation: int = 1,
+              mesh=None):
   """(state, batch) → (state, metrics): one update with the gradient of one scalar.
 
   That scalar is the token-mean NLL of the whole batch (docs/method.md): Σ weight · nll /
@@ -49,13 +58,17 @@ def make_step(model: Model, adamw: AdamW, *, domains: int, balanced: bool, accum
 
   Args:
     domains: how many domains `domain_B` counts. balanced: rows are expert-major (static).
+    mesh: the mesh it runs on; None: one device. Left to itself, XLA splits the width of
+      activations over `fsdp`, and gathers an expert's parameters and moments, not its gradient.
   """
   config = model.config
+  keep_rows, keep_gradients = sharding.constraints(mesh)
 
   def weighted_nll(params, batch, total):
     hidden, aux, _ = model.apply(
         params, batch['tokens_BL'], batch['domain_B'], balanced=balanced,
-        segments_BL=batch.get('segments_BL'), positions_BL=batch.get('positions_BL'))
+        segments_BL=batch.get('segments_BL'), positions_BL=batch.get('positions_BL'),
+        constrain=keep_rows)
     nll_BL = loss.nll(hidden, model.output_table(params), batch['targets_BL'], config.vocab_size,
                       model.execution.loss_block)
     nll_B = (nll_BL * batch['weights_BL']).sum(1)
@@ -74,6 +87,7 @@ def make_step(model: Model, adamw: AdamW, *, domains: int, balanced: bool, accum
       zero = jax.tree.map(jnp.zeros_like, ((total, tokens_D), state['params']))
       micro = micro_batches(batch, accumulation, domains if balanced else 1)
       ((value, nll_D), grads), _ = jax.lax.scan(add, zero, micro)
+    grads = keep_gradients(grads)
     present = None if balanced or config.ffn != 'demix' else tokens_D > 0
     params, optimizer, metrics = adamw.update(
         grads, state['optimizer'], state['params'], finite=jnp.isfinite(value), present_E=present)
@@ -101,14 +115,6 @@ def running_state(model: Model, flat: dict) -> dict:
                         'nu': part('optimizer/nu/')}}
 
 
-def domain_symbols(config: Config):
-  """Ids of the <domain> symbols (+DomainToken baseline), or None."""
-  if not config.data.domain_token:
-    return None
-  first = config.model.vocab_size - len(config.data.domains)
-  return np.arange(first, config.model.vocab_size)
-
-
 def header(config: Config, model: Model, mesh, workdir) -> str:
   """What is about to run, in a few lines."""
   total, active = model.counts()
@@ -132,7 +138,7 @@ class Run:
   def __init__(self, config: Config, workdir: Path):
     self.workdir = workdir
     self.store = TokenStore.open(config.data.path)
-    saved = load_config(workdir)['identity'] if (workdir / 'config.json').exists() else None
+    saved = load_identity(workdir) if (workdir / 'config.json').exists() else None
     self.config = config = complete(config, self.store, saved)
     self.identity = identity(config, self.store)
     if saved is not None:
@@ -141,6 +147,7 @@ class Run:
     self.balanced = config.data.sampling == 'balanced'
     self.model = Model(config.model, config.execution, config.train.compute_dtype)
     self.mesh = sharding.make_mesh(config.mesh)
+    sharding.check_rows(self.mesh, config.data.batch_size // config.train.accumulation)
     self.shardings = sharding.state_shardings(self.mesh, self.model.abstract)
     self.symbols = domain_symbols(config)
     self.batches = Batches(self.store, config.data, config.seed, symbols=self.symbols)
@@ -189,6 +196,10 @@ class Run:
 
   def loop(self) -> int:
     """Trains to train.steps; returns the steps done. See `run` for what it raises."""
+    with self._signals():
+      return self._loop()
+
+  def _loop(self):
     config, train = self.config, self.config.train
     directory = self.workdir / 'checkpoints'
     done, state = self.start(directory)
@@ -200,7 +211,7 @@ class Run:
       print(f'resumed     at step {done}', flush=True)
     step_fn = jax.jit(
         make_step(self.model, self.adamw, domains=len(self.domains), balanced=self.balanced,
-                  accumulation=train.accumulation),
+                  accumulation=train.accumulation, mesh=self.mesh),
         in_shardings=(self.shardings, jax.sharding.NamedSharding(self.mesh, sharding.BATCH)),
         out_shardings=(self.shardings, None), donate_argnums=0)
     # A copy, so that what is saved in the background is not the buffer the next step reuses.
@@ -213,42 +224,50 @@ class Run:
     if config.data.packing == 'document':
       names += ['segments_BL', 'positions_BL']
     clock = Clock(config.data.batch_size * config.data.sequence_length, self.flops)
-    with self._signals(), metrics, progress:
+
+    def log(step, row):
+      if row:
+        metrics.write(step, row)
+
+    # Whatever ends the run, the saver is closed first: a save under way ends well.
+    with metrics, progress, saver:
       batches, pending = self.batches.iterate(done), None
       for step in range(done + 1, train.steps + 1):
         batch = next(batches)
         state, out = step_fn(state, {n: batch[n] for n in names})
         # The numbers of step - 1 are read while this step runs.
         if pending:
-          self._record(*pending, metrics, progress, clock)
+          log(*self._record(*pending, progress, clock))
         pending = step, out
+        stop = self.stop_signal  # read once: one that comes from here on waits for the next step
         evaluate = (train.eval_every and step % train.eval_every == 0) or step == train.steps
         save = ((train.checkpoint_every and step % train.checkpoint_every == 0)
-                or step == train.steps or self.stop_signal)
+                or step == train.steps or stop)
         if evaluate or save:
-          self._record(*pending, metrics, progress, clock)
+          _, row = self._record(*pending, progress, clock)
           pending = None
-        if evaluate:
-          self._evaluate(step, state['params'], metrics)
-          clock.restart()
+          if evaluate:
+            row |= self._evaluate(step, state['params'])
+            clock.restart()
+          log(step, row)
         if save:
           self.ledger['seconds'] += clock.lap()
           saver.save(step, export(state), self.meta(step))
-        if self.stop_signal and step < train.steps:
+        if stop and step < train.steps:
           saver.close()
-          raise Preempted(f'{self.stop_signal}: saved step {step} of {train.steps} in '
-                          f'{self.workdir}; run the same command again to go on')
-      saver.close()
+          raise Preempted(f'{stop}: saved step {step} of {train.steps} in {self.workdir}; '
+                          'run the same command again to go on')
     epochs = ', '.join(f'{d} {e:.2f}' for d, e in self.batches.epochs(train.steps).items())
     print(f'epochs      {epochs}\ndone        step {train.steps} in '
           f'{duration(self.ledger["seconds"])}; checkpoints in {directory}', flush=True)
     return train.steps
 
-  def _record(self, step, out, metrics, progress, clock):
-    """Reads one step's numbers: stops on a non-finite one, logs, shows."""
+  def _record(self, step, out, progress, clock) -> tuple[int, dict]:
+    """Reads one step's numbers: stops on a non-finite one, shows; the row to log, {} for none."""
     config = self.config
     out = jax.device_get(out)
-    nll_D = out['nll_D'] / np.maximum(out['tokens_D'], 1)
+    with np.errstate(invalid='ignore', over='ignore'):
+      nll_D = out['nll_D'] / np.maximum(out['tokens_D'], 1)
     if not out['applied']:
       bad = ~np.isfinite(nll_D)
       worst = int(np.argmax(bad) if bad.any() else np.argmax(nll_D))
@@ -261,7 +280,7 @@ class Run:
     clock.step()
     progress.update(step, f'loss {out["loss"]:.3f}, {clock.text()}')
     if step % config.train.log_every and step != config.train.steps:
-      return
+      return step, {}
     row = {'train/loss': float(out['loss']), 'train/grad_norm': float(out['grad_norm']),
            'train/learning_rate': float(out['learning_rate'])}
     for name, value, tokens in zip(self.domains, nll_D, out['tokens_D']):
@@ -269,24 +288,24 @@ class Run:
         row[f'train/{name}/nll'] = float(value)
     for name, value in self.batches.epochs(step).items():
       row[f'data/{name}/epochs'] = value
-    metrics.write(step, row | clock.rates())
+    return step, row | clock.rates()
 
-  def _evaluate(self, step, params, metrics):
-    """NLL on the start of each training domain's valid text."""
+  def _evaluate(self, step, params) -> dict:
+    """NLL on the start of each training domain's valid text, as a row to log."""
     config = self.config
     parts = [perplexity.Part(d, 'valid', i) for i, d in enumerate(self.domains)
              if 'valid' in self.store.splits(d)]
     if not parts:
-      return
+      return {}
     scores = perplexity.evaluate(
         self.model, params, self.store, parts, length=config.data.sequence_length,
         batch_size=min(config.data.batch_size, 64), limit=config.train.eval_sequences,
         symbols=self.symbols)
     row = {f'eval/{part.domain}/nll': score.mean_nll for part, score in zip(parts, scores)}
     row['eval/mean/nll'] = sum(row.values()) / len(row)
-    metrics.write(step, row)
     text = ', '.join(f'{p.domain} {s.perplexity:.2f}' for p, s in zip(parts, scores))
     print(f'step {step}: valid perplexity {text}', flush=True)
+    return row
 
   @contextlib.contextmanager
   def _signals(self):

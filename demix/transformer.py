@@ -132,10 +132,15 @@ class ExecutionConfig:
       raise BadInput(f'execution.loss_block={self.loss_block} is below 0: 0 turns it off')
 
 
+def keep_dots(primitive, *_, **params) -> bool:
+  """Checkpoint policy: keeps products with weights (batched over experts at most), not those of
+  attention, which are batched over rows and heads and grow with L²."""
+  return primitive is jax.lax.dot_general_p and len(params['dimension_numbers'][1][0]) < 2
+
+
 REMAT = {
     'none': lambda f: f,
-    'dots': lambda f: jax.checkpoint(
-        f, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    'dots': lambda f: jax.checkpoint(f, policy=keep_dots),
     'full': jax.checkpoint,
 }
 
@@ -208,7 +213,8 @@ class Transformer(nnx.Module):
     self.final_norm = KINDS[config.norm](config.d_model, config.biases)
 
   def __call__(self, tokens_BL, route, taps=(), *, segments_BL=None, positions_BL=None,
-               balanced=False, execution=ExecutionConfig(), dtype=jnp.float32):
+               balanced=False, execution=ExecutionConfig(), dtype=jnp.float32,
+               constrain=lambda x: x):
     """Runs the model.
 
     Args:
@@ -221,21 +227,32 @@ class Transformer(nnx.Module):
       balanced: rows are expert-major with equally many per expert (static).
       execution: an ExecutionConfig (static).
       dtype: of the computation.
+      constrain: called on the residual stream, [B, L, D], between blocks: where it shall lie.
 
     Returns:
       hidden [B, L, D] after the final norm; aux {} (auxiliary losses by name);
       taps {name: [N, B, L, D]}.
+
+    Raises:
+      BadInput: more positions than the model has learned, or no such tap.
     """
     c, L = self.config, tokens_BL.shape[1]
+    if c.positions == 'learned' and L > c.max_length:  # a gather would repeat the last row
+      raise BadInput(f'{L} positions for a model that has learned {c.max_length}: shorten the '
+                     'sequences')
+    for name in taps:
+      if name not in TAPS:
+        raise BadInput(f'no tap {name!r}{nearest(name, TAPS)}')
     positions = np.arange(L)[None] if positions_BL is None else positions_BL
     bias = mask_bias(L, segments_BL)
-    x = self.embed(tokens_BL, positions, dtype)
+    x = constrain(self.embed(tokens_BL, positions, dtype))
     graphs, leaves = zip(*(nnx.split(getattr(self, f'block_{p}')) for p in range(c.period)))
 
     def period(x, leaves):
       out = []
       for graph, leaf in zip(graphs, leaves):
         x, tapped = nnx.merge(graph, leaf)(x, route, balanced, positions, bias, taps)
+        x = constrain(x)
         out.append(tapped)
       return x, jax.tree.map(lambda *t: jnp.stack(t), *out)
 
@@ -249,4 +266,4 @@ class Transformer(nnx.Module):
         out.append(t)
       tapped = jax.tree.map(lambda *t: jnp.stack(t), *out)
     tapped = jax.tree.map(lambda t: t.reshape(c.layers, *t.shape[2:]), tapped)
-    return self.final_norm(x), {}, tapped
+    return constrain(self.final_norm(x)), {}, tapped

@@ -179,6 +179,14 @@ def load_config(workdir) -> dict:
   return config
 
 
+def load_identity(workdir) -> dict:
+  """The identity fields in W/config.json. BadInput: as `load_config`, or it has none."""
+  found = load_config(workdir).get('identity')
+  if not isinstance(found, dict):
+    raise BadInput(f'{Path(workdir) / CONFIG}: no "identity" in it; restore it from a copy')
+  return found
+
+
 _ABSENT = object()
 
 

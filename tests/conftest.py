@@ -1,6 +1,14 @@
-"""Shared by all tests: --long, in which a skip is a failure."""
+"""Shared by all tests: --long, in which a skip is a failure; a tiny corpus, its stores, models."""
+
+import os
+from pathlib import Path
 
 import pytest
+
+# As in launch/test.sh: tests compile the same small programs often. Read when JAX is imported.
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(Path(__file__).parents[1] / '.cache/jax'))
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 
 
 def pytest_addoption(parser):
@@ -18,3 +26,34 @@ def pytest_runtest_makereport(item, call):
   if item.config.getoption('--long') and report.skipped:
     report.outcome, report.longrepr = 'failed', f'skipped in --long: {report.longrepr}'
   return report
+
+
+@pytest.fixture(scope='session')
+def stores(tmp_path_factory):
+  """The tiny corpus and its token stores (tests/corpus.py)."""
+  import corpus
+  return corpus.make(tmp_path_factory.mktemp('corpus'))
+
+
+@pytest.fixture(scope='session')
+def nursery(tmp_path_factory):
+  """Starts `python -m demix` processes quickly (tests/runs.py)."""
+  import runs
+  nursery = runs.Nursery(tmp_path_factory.mktemp('nursery'))
+  yield nursery
+  nursery.close()
+
+
+@pytest.fixture(scope='session')
+def models(stores, tmp_path_factory):
+  """{name: workdir} of small models that have learned what tells the domains apart."""
+  import runs
+  folder = tmp_path_factory.mktemp('models')
+  kinds = {'dense': {}, 'demix': {'model__ffn': 'demix'}, 'token': {'data__domain_token': True},
+           'bpe': {'data__domains': 'verse,legal'}}
+  for name, changes in kinds.items():
+    ended = runs.train(stores.bpe if name == 'bpe' else stores.bytes, folder / name, seed=5,
+                       train__steps=40, train__checkpoint_every=20, **changes,
+                       optimizer__schedule_steps=40)
+    assert ended.code == 0, ended
+  return {name: folder / name for name in kinds}

@@ -1,5 +1,6 @@
 """The folder in which a store grows until it takes its place."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import orjson
 
-from demix.errors import BadInput, Locked
+from demix.errors import BadInput, DemixError, Locked
 
 
 def synced(file):
@@ -97,13 +98,16 @@ class Building:
     self.path.rename(self.out)
     shutil.rmtree(self._replaced, ignore_errors=True)
 
-  def __exit__(self, *_):
+  def __exit__(self, kind, error, trace):
     try:
       if os.path.samestat(os.fstat(self._lock), os.stat(self.path)):
         shutil.rmtree(self.path, ignore_errors=True)
     except FileNotFoundError:
       pass
     os.close(self._lock)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+      raise DemixError(f'{self.out}: no room to write it ({error.strerror}): make some and run '
+                       'prepare again; nothing was changed') from None
 
 
 def _is_store(folder):

@@ -9,11 +9,14 @@ first, longest piece first; attention stays inside a piece and positions restart
 an index beside the tokens.
 """
 
+import contextlib
 import os
+import uuid
+import zipfile
 
 import numpy as np
 
-from demix.data.store import TokenStore
+from demix.data.store import TokenStore, digest_of
 from demix.errors import BadInput
 
 PACKINGS = ('continuous', 'document')
@@ -123,15 +126,15 @@ class Documents:
   def __init__(self, store: TokenStore, domain: str, split: str, length: int):
     self.store, self.domain, self.split, self.length = store, domain, split, length
     path = os.path.join(store.path, domain, split, f'packed_{length}.npz')
-    ends = store.documents(domain, split)[:, 0]
+    ends = np.asarray(store.documents(domain, split)[:, 0])
+    of = digest_of(ends)
     if not os.path.exists(path):
-      write_index(path, pack(ends, length))
-    with np.load(path, allow_pickle=False) as index:
-      self.starts, self.lengths, self.first = (
-          index[n] for n in ('starts', 'lengths', 'first'))
-    if self.lengths.sum() != (ends[-1] if len(ends) else 0):
-      raise BadInput(f'{path}: covers {self.lengths.sum()} tokens, the split has {ends[-1]}: '
-                     'delete it, it is made again')
+      write_index(path, {**pack(ends, length), 'documents': of})
+    index = read_index(path)
+    if index['documents'] != of:
+      raise BadInput(f'{path}: made for documents with digest {index["documents"]}, the split has '
+                     f'{of}: delete it, it is made again')
+    self.starts, self.lengths, self.first = (index[n] for n in ('starts', 'lengths', 'first'))
 
   def __len__(self):
     return len(self.first) - 1
@@ -157,13 +160,27 @@ class Documents:
 
 def write_index(path: str, index: dict):
   """Writes an index with a rename at the end, so that no reader sees half of it."""
-  temporary = f'{path}.{os.getpid()}.npz'
+  temporary = f'{path}.{uuid.uuid4().hex}.npz'  # several writers may be at it, on several machines
   try:
-    np.savez(temporary, **index)
-    os.replace(temporary, path)
+    try:
+      np.savez(temporary, **index)
+      os.replace(temporary, path)
+    except BaseException:
+      with contextlib.suppress(OSError):
+        os.unlink(temporary)
+      raise
   except OSError as e:
     raise BadInput(f'{path}: cannot write the packing index ({e.strerror}); make the token store '
                    'writable once, or train with data.packing=continuous') from None
+
+
+def read_index(path: str) -> dict:
+  """What `write_index` wrote. BadInput: it is not that, or not all of it."""
+  try:
+    with np.load(path, allow_pickle=False) as index:
+      return {n: index[n] for n in ('starts', 'lengths', 'first', 'documents')}
+  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+    raise BadInput(f'{path}: not a packing index ({e}): delete it, it is made again') from None
 
 
 def sequences(store: TokenStore, domain: str, split: str, length: int, packing: str):

@@ -112,8 +112,8 @@ def encode_run(text: str, encode, token_bytes_V, window: int = 1 << 17) -> np.nd
 
 
 def _joints(text, start, window, ids, token_bytes_V):
-  """Yields (tokens before it, index in text) of ends of tokens where the text may be taken up again,
-  backwards from 7/8 of the window: what the window cuts off at its end is behind them."""
+  """Yields (tokens before it, index in text) of ends of tokens where the text may be taken up
+  again, backwards from 7/8 of the window: what the window cuts off at its end is behind them."""
   data = np.frombuffer(text[start:start + window].encode(), np.uint8)
   starts_char = (data & 0xC0) != 0x80
   chars = np.cumsum(starts_char)

@@ -135,9 +135,10 @@ def _local_text(out, config):
   except OSError as e:
     raise BadInput(f'--out={out}: cannot write its text to {folder} ({e.strerror}): name a folder '
                    'in a writable place') from None
-  novel = config.novel or tuple(n for n, about in roles.items() if about['role'] == 'novel')
   # A domain that this machine lacks was named and left out by `write`.
   domains = tuple(d for d in config.domains if d in roles) or tuple(roles)
+  novel = tuple(n for n in config.novel if n in roles or n not in config.domains) or \
+      tuple(n for n in domains if roles[n]['role'] == 'novel')
   return folder, dataclasses.replace(config, novel=novel, domains=domains)
 
 

@@ -125,7 +125,7 @@ def read_meta(folder: Path):
   except FileNotFoundError as e:
     raise BadInput(f'{e.filename}: no such file of a tokenizer: prepare the token store '
                    'again') from None
-  except (ValueError, KeyError, TypeError) as e:
+  except (ValueError, KeyError, TypeError, EOFError) as e:
     raise BadInput(f'{folder}: broken tokenizer ({type(e).__name__}: {e}): prepare the token '
                    'store again') from None
   if found != meta['fingerprint']:
@@ -172,10 +172,10 @@ class JsonTokenizer(Tokenizer):
     if spec['model'].get('dropout'):
       raise BadInput(f'{path}: BPE dropout {spec["model"]["dropout"]} draws ids at random: remove '
                      '"dropout" from its model')
-    size = max(engine.get_vocab(with_added_tokens=True).values()) + 1
+    size = max(engine.get_vocab(with_added_tokens=True).values(), default=-1) + 1
     end = _end_of(spec, engine.get_vocab(with_added_tokens=False))
     eod_id, size = (size, size + 1) if end is None else (end, size)
-    return cls(size, eod_id, _token_bytes(spec, engine, size, eod_id), model)
+    return cls(size, eod_id, _token_bytes(spec, engine, size), model)
 
   def encode(self, texts):
     parts, batch, cost = [[] for _ in texts], [], 0
@@ -232,7 +232,7 @@ class BpeTokenizer(JsonTokenizer):
     engine.train_from_iterator(parts, trainer)
     model = engine.to_str().encode()
     size, eod_id = engine.get_vocab_size(), engine.token_to_id(END)
-    return cls(size, eod_id, _token_bytes(orjson.loads(model), engine, size, eod_id), model)
+    return cls(size, eod_id, _token_bytes(orjson.loads(model), engine, size), model)
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -255,8 +255,8 @@ class SentencePieceTokenizer(Tokenizer):
       size = engine.piece_size()
     except Exception as e:
       raise BadInput(f'{path}: not a SentencePiece model ({e})') from None
-    eod_id = engine.eos_id()
-    if eod_id < 0 or not engine.is_control(eod_id):
+    eod_id = engine.eos_id()  # -1 where it is no control piece
+    if eod_id < 0:
       eod_id, size = size, size + 1
     token_bytes_V = np.zeros(size, np.int32)
     for i in range(engine.piece_size()):
@@ -330,7 +330,7 @@ def _unknown_of(spec):
   return model['vocab'].get(model.get('unk_token')) if isinstance(model['vocab'], dict) else None
 
 
-def _token_bytes(spec, engine, size, eod_id):
+def _token_bytes(spec, engine, size):
   """int32 [size]: see Tokenizer.token_bytes_V."""
   model, decoder = spec['model'], spec.get('decoder') or {}
   byte_level = any(d.get('type') == 'ByteLevel' for d in decoder.get('decoders', [decoder]))
@@ -347,10 +347,8 @@ def _token_bytes(spec, engine, size, eod_id):
                            else token)
   for token in spec.get('added_tokens', ()):
     out[token['id']] = 0 if token['special'] else len(token['content'].encode())
-  unknown = _unknown_of(spec)
-  for i in (eod_id, unknown):
-    if i is not None:
-      out[i] = 0
+  if (unknown := _unknown_of(spec)) is not None:
+    out[unknown] = 0
   return out
 
 

@@ -1,13 +1,12 @@
 """The evaluation of several models on the domains of one store: what `evaluate` does."""
 
 from demix import reference
-from demix.config import digest
+from demix.config import digest, domain_symbols
 from demix.data.store import TokenStore
 from demix.errors import BadInput
 from demix.eval import perplexity, results
 from demix.progress import Progress
 from demix.settings import nearest
-from demix.train import domain_symbols
 
 
 def evaluate(models: dict, *, data: str = '', domains=(), split: str = 'test', stride: int = 0,

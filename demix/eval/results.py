@@ -5,6 +5,7 @@ import platform
 
 import orjson
 
+from demix.errors import BadInput
 from demix.workdir import write_atomic
 
 VERSION = 1
@@ -32,9 +33,12 @@ def results(runs: dict, rows: list, *, seed: int, heldout) -> dict:
           'versions': versions}
 
 
-def write(path: str, content: dict):
-  """Writes results.json atomically, indented."""
-  write_atomic(path, orjson.dumps(content, option=orjson.OPT_INDENT_2) + b'\n')
+def write(path, content: dict):
+  """Writes results.json atomically, indented. BadInput: it cannot be written there."""
+  try:
+    write_atomic(path, orjson.dumps(content, option=orjson.OPT_INDENT_2) + b'\n')
+  except OSError as e:
+    raise BadInput(f'{path}: cannot be written ({e.strerror}); name another file') from None
 
 
 def table(content: dict, measure: str = 'perplexity') -> str:
@@ -57,8 +61,8 @@ def table(content: dict, measure: str = 'perplexity') -> str:
     out = [domain + (' (held out)' if domain in content['heldout'] else '')]
     for run in runs:
       found = cell.get((domain, run))
-      given = found and found['mix'].removeprefix('expert:')
-      note = f' [{given}]' if found and given not in ('none', domain) else ''
+      given = found and found['mix'].partition(':')[2]  # expert:legal, token:legal
+      note = f' [{given}]' if given and given != domain else ''
       out.append(f'{found[measure]:.3f}{note}' if found else '-')
     return out
 

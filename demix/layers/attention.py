@@ -1,9 +1,10 @@
 """Causal self-attention: grouped queries, optional qk-norm, rotary positions and segments.
 
 Forms that XLA's CPU backend runs fast, found with benchmarks/throughput.py at 1M parameters: flat
-[B·L, D] projections, products batched over [B·H, L, K], a backward pass of its own that keeps one
-[L, L] array a head (0.86 of the step's CPU time with softmax and its derivative). Masked scores get
--1e9, whose exponential is an exact zero: causality and document isolation hold bit for bit.
+[B·L, D] projections, products batched over [B, H, L, K] (B and H apart: a mesh can split either), a
+backward pass of its own that keeps one [L, L] array a head (0.86 of the step's CPU time with
+softmax and its derivative). Masked scores get -1e9, whose exponential is an exact zero: causality
+and document isolation hold bit for bit.
 """
 
 import jax
@@ -36,28 +37,28 @@ def mask_bias(length: int, segments_BL=None):
 
 
 @jax.custom_vjp
-def attend(q_GMK, k_GLK, v_GLK, bias):
+def attend(q_BGMK, k_BGLK, v_BGLK, bias):
   """softmax(q kᵀ + bias) v for G groups of heads that share keys and values.
 
   Args:
-    q_GMK: scaled queries; M = query heads of a group · L.
-    k_GLK, v_GLK: keys and values.
+    q_BGMK: scaled queries; M = query heads of a group · L.
+    k_BGLK, v_BGLK: keys and values.
     bias: from `mask_bias`.
 
   Returns:
-    [G, M, K] in the dtype of v.
+    [B, G, M, K] in the dtype of v.
   """
-  return _attend(q_GMK, k_GLK, v_GLK, bias)[0]
+  return _attend(q_BGMK, k_BGLK, v_BGLK, bias)[0]
 
 
 def _attend(q, k, v, bias):
-  scores = jax.lax.batch_matmul(q, k.transpose(0, 2, 1)).astype(jnp.float32)
-  groups, queries, L = scores.shape
-  if bias.ndim == 2 and queries == L:
+  scores = jax.lax.batch_matmul(q, k.mT).astype(jnp.float32)
+  B, G, M, L = scores.shape
+  if M == L:
     scores = scores + bias
   else:
-    B = bias.shape[0] if bias.ndim == 4 else 1
-    scores = (scores.reshape(B, groups * queries // (B * L), L, L) + bias).reshape(scores.shape)
+    bias = bias[:, None] if bias.ndim == 4 else bias
+    scores = (scores.reshape(B, G, M // L, L, L) + bias).reshape(scores.shape)
   e = jnp.exp(scores - scores.max(-1, keepdims=True))
   # Dividing after the product with the values takes K divisions a query, not L.
   inverse = (1 / e.sum(-1, keepdims=True)).astype(v.dtype)
@@ -68,10 +69,10 @@ def _attend(q, k, v, bias):
 
 def _attend_backward(saved, dy):
   q, k, v, e, inverse, y = saved
-  dv = jax.lax.batch_matmul(e.transpose(0, 2, 1), dy * inverse)
-  dweights = jax.lax.batch_matmul(dy, v.transpose(0, 2, 1))
+  dv = jax.lax.batch_matmul(e.mT, dy * inverse)
+  dweights = jax.lax.batch_matmul(dy, v.mT)
   dscores = e * ((dweights - (dy * y).sum(-1, keepdims=True)) * inverse)
-  dq, dk = jax.lax.batch_matmul(dscores, k), jax.lax.batch_matmul(dscores.transpose(0, 2, 1), q)
+  dq, dk = jax.lax.batch_matmul(dscores, k), jax.lax.batch_matmul(dscores.mT, q)
   return dq, dk, dv, None
 
 
@@ -110,8 +111,7 @@ class Attention(nnx.Module):
       q = rotate(q, positions_BL, c.rope_theta, c.rope_scale)
       k = rotate(k, positions_BL, c.rope_theta, c.rope_scale)
     with jax.named_scope('attend'):
-      q = q.reshape(B * kv_heads, c.heads // kv_heads * L, K) * K ** -0.5
-      k, v = (t.reshape(B * kv_heads, L, K) for t in (k, v))
+      q = q.reshape(B, kv_heads, c.heads // kv_heads * L, K) * K ** -0.5
       y = attend(q, k, v, bias).reshape(B, c.heads, L, K)
     return self._linear(y.transpose(0, 2, 1, 3).reshape(B * L, -1), 'out').reshape(B, L, D)
 

@@ -5,6 +5,32 @@ import jax.numpy as jnp
 from flax import nnx
 
 
+@jax.custom_vjp
+def normalise(x):
+  """(x - mean) / sqrt(var + 1e-5) over the last axis.
+
+  Its own backward pass keeps the result alone; the one derived from the mean and the variance makes
+  broadcast copies of x's size for each norm (on XLA's CPU backend 3% of a step at 1M).
+  """
+  return _normalise(x)[0]
+
+
+def _normalise(x):
+  centred = x - x.mean(-1, keepdims=True)
+  inverse = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5)
+  y = centred * inverse
+  return y, (y, inverse)
+
+
+def _normalise_backward(saved, dy):
+  y, inverse = saved
+  along = (dy * y).mean(-1, keepdims=True)
+  return ((dy - dy.mean(-1, keepdims=True) - y * along) * inverse,)
+
+
+normalise.defvjp(_normalise, _normalise_backward)
+
+
 class LayerNorm(nnx.Module):
   """y = (x - mean) / sqrt(var + 1e-5) · scale + bias; bias only where the model has biases."""
 
@@ -16,10 +42,7 @@ class LayerNorm(nnx.Module):
 
   def __call__(self, x):
     """x [..., size] → the same shape and dtype."""
-    x32 = x.astype(jnp.float32)
-    centred = x32 - x32.mean(-1, keepdims=True)
-    y = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5)
-    y = y * self.scale[...]
+    y = normalise(x.astype(jnp.float32)) * self.scale[...]
     if self.biases:
       y = y + self.bias[...]
     return y.astype(x.dtype)

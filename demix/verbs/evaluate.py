@@ -1,5 +1,6 @@
 """evaluate: perplexity and bits per byte per domain, for one or more models, in one table."""
 
+import re
 from pathlib import Path
 
 from demix.errors import BadInput
@@ -28,18 +29,22 @@ def run(argv: list[str]) -> int:
   from demix import reference
   models = {}
   for text in given.model:
-    name, sep, ref = text.partition('=')
-    name, ref = (name, ref) if sep else (reference.parse(text).workdir.name, text)
+    named = re.fullmatch(r'([\w.+-]+)=(.+)', text)  # a / before the = is part of a path
+    name, ref = named.groups() if named else (reference.parse(text).workdir.resolve().name, text)
     if name in models:
       raise BadInput(f'two models are named {name!r}: write --model=OTHER={ref}')
+    reference.parse(ref)
     models[name] = ref
+  out = Path(given.out) if given.out else None
+  if out and (out.is_dir() or not out.absolute().parent.is_dir()):
+    raise BadInput(f'--out={out}: not a file in a folder that exists; make the folder first')
   from demix.eval import protocol, results
-  domains = tuple(d for d in given.domains.split(',') if d)
+  domains = tuple(dict.fromkeys(d.strip() for d in given.domains.split(',') if d.strip()))
   content = protocol.evaluate(
       models, data=given.data, domains=domains, split=given.split, stride=given.stride,
       limit=given.limit, batch_size=given.batch_size, force=given.force)
   print(protocol.report(content))
-  if given.out:
-    results.write(Path(given.out), content)
-    print(f'\nresults     {given.out}')
+  if out:
+    results.write(out, content)
+    print(f'\nresults     {out}')
   return 0

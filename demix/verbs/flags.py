@@ -1,12 +1,14 @@
 """The flags of a verb: absl flags and ml-collections config flags, with one-line errors."""
 
+import importlib.util
 import os
+import re
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from demix import settings
-from demix.errors import BadInput
+from demix.errors import BadInput, DemixError
 
 
 class Help(Exception):
@@ -50,10 +52,12 @@ class Verb:
       Help: --help was given.
       BadInput: an unknown flag or key (with the nearest name), or a value of the wrong type.
     """
+    if {'--help', '-help', '-h', '--h', '--help=true'} & set(argv):
+      raise Help(self.help_text())
     argv = [self.name, *argv]
     try:
-      if self._config and not {'--help', '-h', '--help=true'} & set(argv):
-        self._define_config(argv)
+      if self._config:
+        argv = self._define_config(argv)
       rest = self.flags(argv)[1:]
     except flags.Error as e:
       raise BadInput(str(e).replace('\n', ' ')) from None
@@ -69,22 +73,25 @@ class Verb:
       config = settings.from_dict(self._config, self.flags.config.to_dict())
     return self.flags, config
 
-  def _define_config(self, argv):
-    # New attributes are let through here and refused in settings.from_dict, which knows the
-    # nearest name and lets a dict of domains take any key.
-    kwargs = dict(flag_values=self.flags, sys_argv=argv, lock_config=False,
-                  accept_new_attributes=True)
-    given = [a for a in argv if a == '--config' or a.startswith('--config=')]
-    if not given:
-      config = ConfigDict(settings.to_dict(self._config()))
-      config_flags.DEFINE_config_dict('config', config, **kwargs)
-      return
-    path = argv[argv.index('--config') + 1] if given[-1] == '--config' and \
-        argv.index('--config') + 1 < len(argv) else given[-1].partition('=')[2]
-    file = path.partition(':')[0]
-    if not os.path.isfile(file):
-      raise BadInput(f'--config={path}: no such file {file!r} (configs lie in configs/)')
-    config_flags.DEFINE_config_file('config', **kwargs)
+  def _define_config(self, argv) -> list[str]:
+    """Declares the config and its overrides; returns argv without --config=FILE."""
+    file, rest, words = None, [], iter(argv)
+    for word in words:
+      if word in ('--config', '-config'):
+        file = next(words, '')
+      elif word.startswith(('--config=', '-config=')):
+        file = word.partition('=')[2]
+      else:
+        if found := re.match(r'--?config\.([^=]*)', word):
+          settings.check_path(self._config, found[1])
+        rest.append(word)
+    config = load_config(file) if file is not None else ConfigDict(
+        settings.to_dict(self._config()))
+    # New attributes are let through here and refused in settings.from_dict, which lets a dict of
+    # domains take any key.
+    config_flags.DEFINE_config_dict('config', config, flag_values=self.flags, sys_argv=rest,
+                                    lock_config=False, accept_new_attributes=True)
+    return rest
 
   def help_text(self) -> str:
     lines = [f'python -m demix {self.name}: {self.summary}', '']
@@ -92,6 +99,32 @@ class Verb:
     if self._config:
       lines += ['', 'Config keys and their defaults:', *settings.describe(self._config)]
     return '\n'.join(lines)
+
+
+def load_config(reference: str) -> ConfigDict:
+  """What get_config(ARG) of a config file returns; `reference` is FILE or FILE:ARG.
+
+  Raises:
+    BadInput: no such file, or it or its get_config fails; its error is given.
+  """
+  file, given, arg = reference.partition(':')
+  if not os.path.isfile(file):
+    raise BadInput(f'--config={reference}: no such file {file!r} (configs lie in configs/)')
+  spec = importlib.util.spec_from_file_location('config_file', file)
+  if spec is None:
+    raise BadInput(f'--config={reference}: not a Python file')
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+    config = module.get_config(*([arg] if given else []))
+  except DemixError as e:
+    raise BadInput(f'--config={reference}: {e}') from None
+  except Exception as e:
+    raise BadInput(f'--config={reference}: {type(e).__name__}: {e}') from e
+  if not isinstance(config, ConfigDict):
+    raise BadInput(f'--config={reference}: get_config() returned {type(config).__name__}: '
+                   'expected a ConfigDict (demix.config.config_dict makes one)')
+  return config
 
 
 def require(value: str, flag: str, what: str) -> str:

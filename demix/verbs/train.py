@@ -16,7 +16,7 @@ def run(argv: list[str]) -> int:
   try:
     early(['train', *argv], known_only=True)
   except flags.Error:
-    pass  # said properly below
+    return _train(argv, None)  # says what is wrong
   if early.help or not early.workdir:
     return _train(argv, None)
   with workdir.hold(early.workdir, 'train') as held:

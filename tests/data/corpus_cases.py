@@ -38,6 +38,18 @@ def small(folder: Path, domains=('law', 'med'), train: int = 20, salt: int = 0) 
       for i, d in enumerate(domains)})
 
 
+def flags(folder: Path, *more, tokenizer: str = 'bytes') -> tuple:
+  """The flags that prepare FOLDER/in into FOLDER/out."""
+  return (f'--input={folder / "in"}', f'--out={folder / "out"}', f'--config.tokenizer={tokenizer}',
+          *more)
+
+
+def snapshot(folder: Path) -> dict:
+  """{path: (content, time of change, inode)} of everything below `folder`."""
+  return {str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns, p.stat().st_ino)
+          for p in folder.rglob('*') if p.is_file()}
+
+
 def verb(capsys, *flags) -> tuple[int, str, str]:
   """(exit code, stdout, stderr) of `python -m demix prepare *flags`."""
   capsys.readouterr()

@@ -1,0 +1,145 @@
+"""demix/layers/attention.py: the mask, the hand-written gradient, and the layer against NumPy."""
+
+import jax
+import jax.numpy as jnp
+import models
+import numpy as np
+import pytest
+from flax import nnx
+
+from demix import tree
+from demix.layers import attention
+
+SEGMENTS = np.array([[1, 1, 2, 2, 2, 0], [1, 2, 3, 3, 0, 0]], np.int32)
+PICTURES = """
+#.....  #.....
+##....  .#....
+..#...  ..#...
+..##..  ..##..
+..###.  ....#.
+.....#  ....##
+"""
+
+
+def picture(visible_LL) -> list[str]:
+  return [''.join('#' if v else '.' for v in row) for row in visible_LL]
+
+
+def test_the_mask_is_causal_and_keeps_to_segments():
+  causal = attention.mask_bias(4)
+  assert picture(causal == 0) == ['#...', '##..', '###.', '####']
+  bias = attention.mask_bias(6, jnp.asarray(SEGMENTS))
+  assert bias.shape == (2, 1, 6, 6)
+  rows = [line.split() for line in PICTURES.split('\n') if line]
+  for b in range(2):
+    assert picture(bias[b, 0] == 0) == [row[b] for row in rows]
+  for values in (causal, np.asarray(bias)):
+    assert set(np.unique(values)) == {np.float32(-1e9), np.float32(0)}
+    hidden = values[values < 0] + np.float32(1e3) * np.linspace(-1, 1, (values < 0).sum())
+    assert not np.exp(hidden.astype(np.float32)).any()  # whatever the score: an exact zero
+
+
+def plain(q, k, v, bias):
+  """Softmax attention with every head's weights written out; its gradient is JAX's."""
+  B, G, M, K = q.shape
+  length = k.shape[2]
+  q = q.reshape(B, G, M // length, length, K)
+  scores = jnp.einsum('bghqk,bgsk->bghqs', q, k)
+  allowed = np.broadcast_to(bias, (B, 1, length, length))[:, :, None] == 0
+  weights = jax.nn.softmax(jnp.where(allowed, scores, -jnp.inf))
+  return jnp.einsum('bghqs,bgsk->bghqk', weights, v).reshape(B, G, M, K)
+
+
+def value_and_pull(f, inputs, dy):
+  """f(*inputs) and its gradients for the cotangent dy, in the type of the inputs."""
+  def run(inputs, dy):
+    y, pull = jax.vjp(f, *inputs)
+    return y, pull(dy)
+  return models.jit(run)(inputs, dy)
+
+
+@pytest.mark.parametrize('segments', [False, True])
+@pytest.mark.parametrize('groups,queries', [(3, 1), (2, 3), (1, 4)])
+def test_attend_is_softmax_attention_in_value_and_gradient(groups, queries, segments):
+  random, B, length, K = np.random.default_rng(groups), 2, 6, 5
+  q = random.normal(size=(B, groups, queries * length, K)) * 2
+  k, v = random.normal(size=(2, B, groups, length, K)) * 2
+  dy = random.normal(size=q.shape)
+  bias = attention.mask_bias(length, jnp.asarray(SEGMENTS) if segments else None)
+  y, grads = value_and_pull(lambda *x: attention.attend(*x, bias),
+                            [np.float32(x) for x in (q, k, v)], np.float32(dy))
+  with jax.enable_x64(True):
+    expected, expected_grads = value_and_pull(
+        lambda *x: plain(*x, np.asarray(bias)), [q, k, v], dy)
+  assert y.dtype == np.float32 and expected.dtype == np.float64
+  np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+  for name, a, b in zip('qkv', grads, expected_grads):
+    assert np.abs(b).max() > 0.1
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5, err_msg=f'gradient of {name}')
+
+
+def reference(config, leaves, x, positions, segments):
+  """The whole layer in NumPy float64, from the formulas: heads one by one, rotation in ℂ."""
+  B, length, _ = x.shape
+  heads, kv_heads, K = config.heads, config.kv_heads or config.heads, config.head_width
+  def project(name, count):
+    y = x @ leaves[name] + leaves.get(f'{name}_bias', 0)
+    return y.reshape(B, length, count, K)
+  q, k, v = project('q', heads), project('k', kv_heads), project('v', kv_heads)
+  if config.qk_norm:
+    norm = lambda t, scale: t / np.sqrt((t ** 2).mean(-1, keepdims=True) + 1e-5) * scale
+    q, k = norm(q, leaves['q_norm/scale']), norm(k, leaves['k_norm/scale'])
+  if config.positions == 'rotary':
+    frequency = config.rope_theta ** (-2 * np.arange(K // 2) / K)
+    turn = np.exp(1j * positions[..., None] / config.rope_scale * frequency)[:, :, None]
+    def rotated(t):
+      z = (t[..., :K // 2] + 1j * t[..., K // 2:]) * turn
+      return np.concatenate([z.real, z.imag], -1)
+    q, k = rotated(q), rotated(k)
+  out = np.zeros((B, length, heads, K))
+  for b in range(B):
+    for h in range(heads):
+      g = h * kv_heads // heads
+      for t in range(length):
+        seen = [s for s in range(t + 1) if segments[b, s] == segments[b, t]]
+        scores = np.array([q[b, t, h] @ k[b, s, g] for s in seen]) / np.sqrt(K)
+        weights = np.exp(scores - scores.max())
+        out[b, t, h] = (weights / weights.sum()) @ v[b, seen, g]
+  return out.reshape(B, length, -1) @ leaves['out'] + leaves.get('out_bias', 0)
+
+
+def layer(kind, **changes):
+  """Of an Attention layer with drawn leaves: config, function, and the leaves in float64."""
+  model = models.tiny(kind, ffn='dense', layers=1, expert_every=1, **changes)
+  prefix = 'blocks/0/attention/'
+  flat = {n.removeprefix(prefix): x for n, x in model.canonical(models.drawn(model)).items()
+          if n.startswith(prefix)}
+  module = nnx.eval_shape(lambda: attention.Attention(model.config, rngs=nnx.Rngs(0)))
+  graph, _ = nnx.split(module)
+  run = models.jit(lambda x, positions, bias: nnx.merge(graph, tree.unflatten(flat))(
+      jnp.float32(x), positions, bias))
+  return model.config, run, {n: np.float64(x) for n, x in flat.items()}
+
+
+@pytest.mark.parametrize('kind,changes', [
+    ('gpt', {}), ('llama', {}), ('gpt', dict(kv_heads=1, head_size=6, rope_scale=4.0,
+                                             positions='rotary', rope_theta=100.0))])
+def test_the_layer_is_its_formula(kind, changes):
+  config, run, leaves = layer(kind, **changes)
+  random = np.random.default_rng(1)
+  x = random.normal(size=(2, 6, config.d_model))
+  positions = np.array([[0, 1, 0, 1, 2, 0], [0, 0, 0, 1, 0, 1]])
+  bias = attention.mask_bias(6, jnp.asarray(SEGMENTS))
+  y = run(x, positions, bias)
+  np.testing.assert_allclose(y, reference(config, leaves, x, positions, SEGMENTS),
+                             rtol=1e-4, atol=1e-5)
+
+
+def test_rotary_attention_sees_distances_only():
+  config, run, _ = layer('llama')
+  x = np.random.default_rng(2).normal(size=(2, 6, config.d_model))
+  bias, near = attention.mask_bias(6), np.arange(6)[None]
+  y = run(x, near, bias)
+  np.testing.assert_allclose(run(x, near + 40, bias), y, rtol=1e-4, atol=1e-5)
+  assert np.abs(run(x, near * 2, bias) - y).max() > 0.01
+  assert np.abs(run(x, near * 0, bias) - y).max() > 0.01

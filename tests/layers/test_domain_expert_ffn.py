@@ -1,0 +1,111 @@
+"""demix/layers/domain_expert_ffn.py: three ways through the layer and one meaning."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import models
+import numpy as np
+import pytest
+from flax import nnx
+
+from demix import tree
+from demix.layers.domain_expert_ffn import DomainExpertFFN
+from demix.layers.feed_forward import FeedForward
+
+E, D, B, L = len(models.EXPERTS), 16, 8, 3
+KINDS = [('gpt', {}), ('llama', {}), ('gpt', dict(activation='gelu_tanh', biases=False))]
+
+
+def layer(kind, changes):
+  """A function (leaves, x, route, balanced) of the layer, and drawn leaves."""
+  config = models.tiny(kind, **changes).config
+  graph, state = nnx.split(nnx.eval_shape(lambda: DomainExpertFFN(config, rngs=nnx.Rngs(0))))
+  random = np.random.default_rng(3)
+  leaves = {n: jnp.asarray(random.normal(size=x.shape) * 0.4, jnp.float32)
+            for n, x in tree.flatten(nnx.to_pure_dict(state)).items()}
+  run = lambda leaves, x, route, balanced=False: nnx.merge(graph, tree.unflatten(leaves))(
+      x, route, balanced)
+  return config, run, leaves
+
+
+def reference(activation, leaves, e, x):
+  """Expert e on x in float64, from the papers' formulas."""
+  w = {n.split('/')[-1]: np.float64(leaf[e]) for n, leaf in leaves.items()}
+  linear = lambda x, name: x @ w[name] + w.get(f'{name}_bias', 0)
+  h = linear(x, 'up')
+  if activation == 'gelu':
+    h = h * 0.5 * (1 + np.vectorize(math.erf)(h / 2 ** 0.5))
+  elif activation == 'gelu_tanh':
+    h = h * 0.5 * (1 + np.tanh((2 / math.pi) ** 0.5 * (h + 0.044715 * h ** 3)))
+  else:
+    gate = linear(x, 'gate')
+    h = h * gate / (1 + np.exp(-gate))
+  return linear(h, 'down')
+
+
+@pytest.mark.parametrize('kind,changes', KINDS)
+def test_every_way_is_the_formula(kind, changes):
+  config, run, leaves = layer(kind, changes)
+  random = np.random.default_rng(0)
+  x = random.normal(size=(B, L, D))
+  every = np.stack([reference(config.activation, leaves, e, x) for e in range(E)])  # [E, B, L, D]
+  rows, mixed = np.repeat(np.arange(E), B // E), random.integers(0, E, B)
+  weights_BE, weights_BLE = random.random((B, E)), random.random((B, L, E))
+  expected = {
+      'balanced': (rows, every[rows, range(B)]),
+      'domain_B': (mixed, every[mixed, range(B)]),
+      'weights_BE': (weights_BE, np.einsum('be,ebld->bld', weights_BE, every)),
+      'weights_BLE': (weights_BLE, np.einsum('ble,ebld->bld', weights_BLE, every))}
+  got = models.jit(lambda leaves, x, routes: {
+      way: run(leaves, x, route, way == 'balanced') for way, route in routes.items()})(
+          leaves, jnp.float32(x), {way: jnp.asarray(route, None if route.ndim == 1 else jnp.float32)
+                                   for way, (route, _) in expected.items()})
+  for way, (_, y) in expected.items():
+    np.testing.assert_allclose(got[way], y, rtol=1e-4, atol=1e-5, err_msg=way)
+
+
+def test_one_hot_weights_are_that_expert():
+  _, run, leaves = layer('gpt', {})
+  random = np.random.default_rng(1)
+  x, mixed = jnp.float32(random.normal(size=(B, L, D))), jnp.asarray(random.integers(0, E, B))
+  chosen, as_weights, per_token = models.jit(lambda x: (
+      run(leaves, x, mixed), run(leaves, x, jax.nn.one_hot(mixed, E)),
+      run(leaves, x, jnp.broadcast_to(jax.nn.one_hot(mixed, E)[:, None], (B, L, E)))))(x)
+  np.testing.assert_allclose(as_weights, chosen, rtol=1e-6, atol=1e-6)
+  np.testing.assert_array_equal(as_weights, per_token)
+
+
+@pytest.mark.parametrize('way', ['balanced', 'domain_B', 'weights_BE'])
+def test_only_experts_of_the_rows_that_count_get_a_gradient(way):
+  _, run, leaves = layer('gpt', {})
+  x = jnp.float32(np.random.default_rng(2).normal(size=(B, L, D)))
+  rows = np.repeat(np.arange(E), B // E)
+  counts = jnp.asarray(np.isin(rows, [1, 3]), jnp.float32)  # rows of other experts do not count
+  route = jax.nn.one_hot(rows, E) if way == 'weights_BE' else jnp.asarray(rows)
+  def value(leaves):
+    return ((run(leaves, x, route, way == 'balanced') ** 2).sum((1, 2)) * counts).sum()
+  for name, grad in models.jit(jax.grad(value))(leaves).items():
+    touched = np.abs(np.asarray(grad)).reshape(E, -1)
+    assert not touched[[0, 2]].any(), name  # exactly zero
+    assert (touched[[1, 3]].max(-1) > 1e-3).all(), name
+
+
+def test_experts_start_as_copies_of_the_dense_layer():
+  config = models.tiny('llama').config
+  def start(make):
+    return models.jit(lambda: nnx.to_pure_dict(nnx.state(make(config, rngs=nnx.Rngs(7)))))()
+  dense, experts = start(FeedForward), start(DomainExpertFFN)['experts']
+  assert dense.keys() == experts.keys() == {'up', 'down', 'gate'}
+  for name in dense:
+    assert experts[name].shape == (E, *dense[name].shape) and dense[name].std() > 0.01
+    np.testing.assert_array_equal(experts[name], np.stack([dense[name]] * E))
+
+
+def test_the_output_has_the_type_of_the_input():
+  _, run, leaves = layer('gpt', {})
+  x = jnp.ones((B, L, D), jnp.bfloat16)
+  for route, balanced in ((jnp.zeros(B, int), True), (jnp.zeros(B, int), False),
+                          (jnp.ones((B, E)), False)):
+    y = jax.eval_shape(lambda x, r, balanced=balanced: run(leaves, x, r, balanced), x, route)
+    assert (y.shape, y.dtype) == (x.shape, x.dtype)

@@ -1,0 +1,147 @@
+"""Compiles and runs the training step on meshes of 8 devices and prints what it found as JSON.
+
+A program of its own (see tests/test_sharding.py): virtual devices change how XLA splits work over
+threads, so tests of exactness must not share a process with them.
+
+  XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/sharded_program.py
+"""
+
+import functools
+import json
+import re
+import sys
+
+import jax
+import models
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from demix import sharding, tree
+from demix.train import make_step
+
+# Every leaf has another shape than those of other kinds, whole or split in two.
+SIZES = dict(d_model=20, heads=4, kv_heads=2, head_size=6, d_ff=28, vocab_size=41, max_length=7)
+L, ROWS = 7, 16
+# name: mesh, experts, micro-batches
+CASES = {
+    'expert 4 data 2': (dict(expert=4), 4, 1),  # data=-1: what is left
+    'expert 4 data 2, 2 micro-batches': (dict(expert=4, data=2), 4, 2),
+    'expert 8': (dict(expert=8), 8, 1),
+    'expert 2 data 2 model 2': (dict(expert=2, data=2, model=2), 4, 1),
+    'expert 2 data 2 fsdp 2': (dict(expert=2, data=2, fsdp=2), 4, 1),
+}
+
+
+# ---- reading compiled programs
+
+def replica_groups(line: str, devices: int) -> set[frozenset]:
+  """Groups of devices of a collective; HLO text has three spellings of them."""
+  ints = lambda text: [int(i) for i in text.split(',')]
+  def grid(shape, order, size):
+    ids = np.arange(devices).reshape(ints(shape)) if shape else np.arange(devices)
+    return (ids.transpose(ints(order)) if order else ids).reshape(size)
+  if found := re.search(r'replica_groups=\{(\{[\d,{} ]*\})\}', line):
+    return {frozenset(ints(g)) for g in re.findall(r'\{([\d,]+)\}', found[1])}
+  if found := re.search(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', line):
+    return {frozenset(g.tolist()) for g in grid(found[2], found[3], ints(found[1]))}
+  if found := re.search(r'replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\]'
+                        r'(?:T\(([\d,]+)\))?\))? ?\{(.*?)\}', line):
+    names, sizes = zip(*re.findall(r"'([^']+)'=(\d+)", found[1]))
+    ids = grid(found[2], found[3], [int(s) for s in sizes])
+    axes = [names.index(n) for n in re.findall(r"'([^']+)'", found[4])]
+    ids = np.moveaxis(ids, axes, range(-len(axes), 0))
+    return {frozenset(g.tolist()) for g in ids.reshape(-1, np.prod(ids.shape[-len(axes):]))}
+  return {frozenset(range(devices))}
+
+
+def collectives(text: str, mesh) -> list[dict]:
+  """Of a compiled module's text: [{'op', 'shapes' (of its results), 'axes' (mesh axes it spans)}].
+
+  A shape's dimensions of 1 stay, so that an expert's bias [1, D] is not a shared one [D].
+  """
+  place = {d.id: at for at, d in np.ndenumerate(mesh.devices)}
+  out = []
+  for line in text.splitlines():
+    found = re.search(r'= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|'
+                      r'collective-permute|collective-broadcast)(?:-start)?\(', line)
+    if not found:
+      continue
+    if pairs := re.search(r'source_target_pairs=\{(.*?)\}\}?', line):
+      groups = {frozenset(map(int, p.split(','))) for p in re.findall(r'\d+,\d+', pairs[1])}
+    else:
+      groups = replica_groups(line, mesh.size)
+    axes = set()
+    for group in groups:
+      at = np.array([place[d] for d in group])
+      axes |= {a for i, a in enumerate(mesh.axis_names) if len(set(at[:, i])) > 1}
+    shapes = [[int(n) for n in s.split(',') if n]
+              for s in re.findall(r'[a-z]+\d*\[([\d,]*)\]', found[1])]
+    out.append({'op': found[2], 'shapes': shapes, 'axes': sorted(axes)})
+  return out
+
+
+# ---- the program
+
+@functools.cache
+def experiment(experts: int):
+  """(model, optimizer, state, batches), in NumPy."""
+  model = models.tiny('gpt', experts=tuple(f'domain{9 - e}' for e in range(experts)), **SIZES)
+  optimizer, params = models.adamw(), models.drawn(model)
+  batches = [models.batch_of(np.repeat(np.arange(experts), ROWS // experts), L, seed=s)
+             for s in range(2)]
+  state = {'params': params, 'optimizer': optimizer.init(params)}
+  return model, optimizer, *jax.device_get((state, batches))
+
+
+@functools.cache
+def one_device(experts: int):
+  """(step, state, batches) of a whole batch on one device."""
+  model, optimizer, state, batches = experiment(experts)
+  return models.jit(make_step(model, optimizer, domains=experts, balanced=True)), state, batches
+
+
+def train(step, state, batches):
+  """Flat state after a step on each batch, and {metric: [of each step]}."""
+  rows = []
+  for batch in batches:
+    state, metrics = step(state, batch)
+    rows.append({n: np.asarray(x).tolist() for n, x in metrics.items()})
+  return tree.flatten(state), {n: [row[n] for row in rows] for n in rows[0]}
+
+
+def run(case: str) -> dict:
+  """What the step of a case communicates, and what it computes there and on one device."""
+  axes, experts, accumulation = CASES[case]
+  model, optimizer, state, batches = experiment(experts)
+  params = state['params']
+  mesh = sharding.make_mesh(sharding.MeshConfig(**axes))
+  where = sharding.state_shardings(mesh, model.abstract)
+  rows = NamedSharding(mesh, sharding.BATCH)
+  step = models.jit(
+      make_step(model, optimizer, domains=experts, balanced=True, accumulation=accumulation,
+                mesh=mesh), donate_argnums=0,
+      in_shardings=(where, rows), out_shardings=(where, None)).lower(state, batches[0]).compile()
+  forward = models.jit(
+      lambda p, b: model.apply(p, b['tokens_BL'], b['domain_B'], balanced=True)[0],
+      in_shardings=(where['params'], rows), out_shardings=rows)
+  one, alone = train(*one_device(experts))
+  many, sharded = train(step, jax.device_put(state, where), jax.device_put(batches, rows))
+  lies = tree.flatten(where)
+  return {
+      'mesh': dict(mesh.shape),
+      'alone': alone,
+      'sharded': sharded,
+      'difference': {n: float(np.abs(np.asarray(one[n]) - np.asarray(many[n])).max())
+                     for n in one},
+      'strays': [n for n in many if not many[n].sharding.is_equivalent_to(lies[n], many[n].ndim)],
+      'step': collectives(step.as_text(), mesh),
+      'forward': collectives(forward.lower(params, batches[0]).compile().as_text(), mesh),
+      'leaves': {n: {'shape': list(x.shape), 'local': list(s.shard_shape(x.shape)),
+                     'without_fsdp': list(NamedSharding(mesh, PartitionSpec(
+                         *(None if a == 'fsdp' else a for a in s.spec))).shard_shape(x.shape))}
+                 for (n, x), s in zip(tree.flatten(params).items(),
+                                      tree.flatten(where['params']).values())}}
+
+
+if __name__ == '__main__':
+  json.dump({case: run(case) for case in CASES}, sys.stdout)

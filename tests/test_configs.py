@@ -1,0 +1,189 @@
+"""configs/: every file builds with every argument it documents; big models by eval_shape."""
+
+import importlib.util
+import inspect
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from demix import settings, sweep
+from demix.config import Config, complete
+from demix.data.prepare import PrepareConfig, _check
+from demix.errors import BadInput
+from demix.optimizer import AdamW
+from demix.params import Model
+from demix.train import make_step
+from demix.verbs.flags import Verb, load_config
+
+ROOT = Path(__file__).parents[1]
+PAPER = ('1b', 'cs', 'legal', 'med', 'webtext', 'realnews', 'reddit', 'reviews')
+SIZES = ('125m', '350m', '760m', '1.3b')
+
+# Every config file with all the arguments that its get_config documents ('': without one). A file
+# that is not here fails below.
+ARGS = {
+    'quickstart.py': ('', 'dense', 'demix'),
+    'quickstart_corpus.py': ('',),
+    'laptop.py': ('', 'dense,1m', *(f'{arm}{size}' for size in ('', ',10m') for arm in (
+        'dense', 'proportional', 'domain_token', 'demix', 'demix_every_second'))),
+    **{f'papers/demix/{arm}.py': ('', *SIZES) for arm in (
+        'demix', 'demix_every_second', 'dense', 'dense_proportional', 'domain_token')},
+}
+CASES = [(name, arg) for name, args in ARGS.items() for arg in args]
+
+
+def module_of(name):
+  spec = importlib.util.spec_from_file_location('one_config', ROOT / 'configs' / name)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+FILES = [str(p.relative_to(ROOT / 'configs')) for p in sorted((ROOT / 'configs').rglob('*.py'))
+         if 'def get_config' in p.read_text()]
+
+
+@pytest.fixture(autouse=True)
+def repository(monkeypatch):
+  monkeypatch.chdir(ROOT)
+
+
+def fake_store(config: Config):
+  """What `complete` reads of a token store: the papers' domains under GPT-2's vocabulary."""
+  names = config.data.domains or PAPER
+  return types.SimpleNamespace(domains=names, roles=dict.fromkeys(names, 'train'), path='store',
+                               vocab_size=50260)
+
+
+def completed(name, arg='') -> Config:
+  content = load_config(f'configs/{name}' + (f':{arg}' if arg else ''))
+  config = settings.from_dict(Config, content.to_dict())
+  return complete(config, fake_store(config))
+
+
+def test_every_config_file_is_here():
+  assert FILES == sorted(ARGS)
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_a_config_says_how_it_is_run_and_documents_its_arguments(name):
+  module = module_of(name)
+  assert f'configs/{name}' in module.__doc__ or 'launch/' in module.__doc__
+  text = module.__doc__ + module.get_config.__doc__ + (ROOT / 'configs' / name).read_text()
+  for arg in ARGS[name]:
+    assert all(part in text for part in arg.split(',')), f'{arg} is not documented'
+  default = inspect.signature(module.get_config).parameters.values()
+  assert all(p.default is not p.empty for p in default), 'the argument is optional'
+
+
+@pytest.mark.parametrize(('name', 'arg'), [c for c in CASES if 'corpus' not in c[0]])
+def test_a_config_builds(name, arg):
+  """Its model, optimizer and one update with gradients, traced for the whole batch."""
+  config = completed(name, arg)
+  model = Model(config.model, config.execution, config.train.compute_dtype)
+  adamw = AdamW(config.optimizer, config.optimizer.schedule_steps)
+  step = make_step(model, adamw, domains=len(config.data.domains),
+                   balanced=config.data.sampling == 'balanced',
+                   accumulation=config.train.accumulation)
+  state = {'params': model.abstract, 'optimizer': jax.eval_shape(adamw.init, model.abstract)}
+  B, L = config.data.batch_size, config.data.sequence_length
+  batch = {n: jax.ShapeDtypeStruct((B, L), t) for n, t in (
+      ('tokens_BL', jnp.int32), ('targets_BL', jnp.int32), ('weights_BL', jnp.float32))}
+  batch['domain_B'] = jax.ShapeDtypeStruct((B,), jnp.int32)
+  after, metrics = jax.eval_shape(step, state, batch)
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+      lambda x: (x.shape, x.dtype), state)
+  assert metrics['nll_D'].shape == (len(config.data.domains),)
+
+
+@pytest.mark.parametrize(('size', 'dense', 'demix'), [
+    ('125m', 124e6, 0.52e9), ('350m', 355e6, 1.76e9), ('760m', 759e6, 3.93e9),
+    ('1.3b', 1.31e9, 6.95e9)])
+def test_the_papers_parameter_counts_come_out(size, dense, demix):
+  for name, expected in (('dense', dense), ('dense_proportional', dense), ('demix', demix)):
+    total, active = Model(completed(f'papers/demix/{name}.py', size).model).counts()
+    assert total == pytest.approx(expected, rel=0.012)
+    assert active == pytest.approx(dense, rel=0.012)
+
+
+@pytest.mark.parametrize('size', SIZES)
+def test_the_papers_recipe(size):
+  arms = {arm: completed(f'papers/demix/{arm}.py', size)
+          for arm in ('dense', 'dense_proportional', 'domain_token', 'demix', 'demix_every_second')}
+  tokens, updates = {'125m': (0.52e6, 300_000), '350m': (1.05e6, 120_000),
+                     '760m': (2.10e6, 65_000), '1.3b': (2.10e6, 50_000)}[size]
+  for config in arms.values():
+    o = config.optimizer
+    assert (o.b1, o.b2, o.eps, o.weight_decay, o.no_decay, o.learning_rate, o.schedule,
+            o.warmup_share, o.clip, o.final_ratio) == (
+                0.9, 0.95, 1e-7, 0.1, '', 5e-4, 'linear', 0.08, 0.1, 0.0)
+    assert o.schedule_steps == config.train.steps == updates
+    assert config.data.sequence_length == 1024 and config.data.domains == PAPER
+    assert config.data.batch_size * 1024 == pytest.approx(tokens, rel=0.01)
+    assert config.train.compute_dtype == 'bfloat16'
+  # Arms differ in what they are named for, and in nothing else.
+  def difference(arm):
+    base, flat = (settings.flatten(arms[a]) for a in ('dense', arm))
+    return {k for k in base if base[k] != flat[k]}
+  assert difference('dense_proportional') == {'data.sampling'}
+  assert difference('domain_token') == {'data.domain_token', 'model.vocab_size'}
+  assert difference('demix') == {'model.ffn', 'model.experts'}
+  assert difference('demix_every_second') == {'model.ffn', 'model.experts', 'model.expert_every'}
+
+
+def test_the_quick_start_arms_differ_in_the_ffn_only_and_fit_their_corpus():
+  dense, demix = (completed('quickstart.py', arm) for arm in ('dense', 'demix'))
+  flat, other = settings.flatten(dense), settings.flatten(demix)
+  assert {k for k in flat if flat[k] != other[k]} == {'model.ffn', 'model.experts'}
+  content = load_config('configs/quickstart_corpus.py').to_dict()
+  corpus = settings.from_dict(PrepareConfig, content)
+  _check(corpus)
+  assert len(dense.data.domains) == 4 and len(corpus.domains) == 5  # four and one held out
+  assert set(dense.data.domains) < set(corpus.domains)
+
+
+@pytest.mark.parametrize('name', [n for n in FILES if hasattr(module_of(n), 'get_hyper')])
+def test_every_setting_of_a_sweep_builds(name):
+  runs = sweep.runs(f'configs/{name}')
+  assert len(runs) == len(module_of(name).get_hyper()) > 1
+  assert len({folder for folder, _ in runs}) == len(runs)
+  seen = set()
+  for (folder, flags), setting in zip(runs, module_of(name).get_hyper()):
+    verb = Verb('train', '')
+    verb.config(Config, '')
+    config = verb.parse([f'--config=configs/{name}', *flags])[1]
+    flat = settings.flatten(config)
+    assert {k: flat[k] for k in setting} == setting
+    assert '/' not in folder
+    seen.add(json.dumps(settings.flatten(complete(config, fake_store(config)))))
+  assert len(seen) == len(runs), 'two settings are the same run'
+
+
+def test_there_is_a_sweep():
+  assert any(hasattr(module_of(n), 'get_hyper') for n in FILES)
+
+
+def test_sweep_prints_a_folder_and_flags_a_shell_can_read(tmp_path):
+  (tmp_path / 'a.py').write_text(
+      'def get_hyper():\n  return [{"seed": 1, "data.domains": "a b"}, {"seed": 2}]')
+  out = subprocess.run([sys.executable, '-m', 'demix.sweep', str(tmp_path / 'a.py')], text=True,
+                       cwd=ROOT, capture_output=True, check=True).stdout
+  first, second = out.splitlines()
+  assert first.split('\t')[1] == "--config.seed=1 '--config.data.domains=a b'"
+  assert second == 'seed-2\t--config.seed=2'
+
+
+@pytest.mark.parametrize(('source', 'text'), [
+    (None, 'a.py'), ('x = 1', r'no get_hyper\(\)'),
+    ('def get_hyper():\n  return [{"seed": 1}, {"seed": 1}]', 'same values')])
+def test_what_is_no_sweep_is_refused(tmp_path, source, text):
+  if source:
+    (tmp_path / 'a.py').write_text(source)
+  with pytest.raises(BadInput, match=text):
+    sweep.runs(str(tmp_path / 'a.py'))

@@ -1,0 +1,139 @@
+"""Who may import whom (design §3), and that the light parts stay light."""
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Files and folders of demix/, in levels: a file imports from its own folder and from levels above.
+# Differences from the design's list: what everything stands on is named (first line), `checkpoint`
+# brings its parts, and `config` stands above the loop, which takes a whole Config.
+LEVELS = (
+    'errors settings digests workdir progress',
+    'layers tree loss metrics data',
+    'transformer sharding optimizer',
+    'params',
+    'catalogue checkpoint',
+    'config',
+    'reference',
+    'eval',
+    'train',
+    'verbs sweep',
+    '__main__',
+)
+LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names.split()}
+# Inside a level of single files: these may import each other, in this order.
+ORDER = ('errors', 'settings', 'workdir', 'digests', 'catalogue', 'checkpoint')
+HEAVY = {'jax', 'jaxlib', 'flax', 'optax', 'orbax', 'grain', 'numpy', 'ml_collections',
+         'tokenizers'}
+FILES = sorted((ROOT / 'demix').rglob('*.py'))
+
+
+def imports(path: Path) -> list[str]:
+  """Every module or name that a file imports, wherever in it: 'demix.data.store', 'jax' …"""
+  found = []
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      found += [a.name for a in node.names]
+    elif isinstance(node, ast.ImportFrom):
+      assert not node.level, f'{path}: a relative import'
+      found += [f'{node.module}.{a.name}' for a in node.names]
+  return found
+
+
+def unit(module: str) -> str:
+  """'demix.data.store.TokenStore' → 'data': the file or folder right below demix/."""
+  return module.split('.')[1]
+
+
+def allowed(importer: Path, module: str) -> bool:
+  own, other = importer.relative_to(ROOT / 'demix').parts[0].removesuffix('.py'), unit(module)
+  if other == own or other == '__version__':
+    return True
+  if LEVEL[other] == LEVEL[own]:
+    return own in ORDER and other in ORDER and ORDER.index(other) < ORDER.index(own)
+  return LEVEL[other] < LEVEL[own]
+
+
+def test_every_file_has_a_level():
+  units = {p.relative_to(ROOT / 'demix').parts[0].removesuffix('.py') for p in FILES}
+  assert units - {'__init__'} == set(LEVEL)
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_file_imports_from_its_own_folder_and_levels_above(path):
+  if path == ROOT / 'demix/__init__.py':
+    assert imports(path) == []
+    return
+  wrong = [m for m in imports(path) if m.split('.')[0] == 'demix' and not allowed(path, m)]
+  assert wrong == []
+
+
+def test_levels_say_no():
+  demix = ROOT / 'demix'
+  for file, module in (('data/store.py', 'demix.tree'), ('params.py', 'demix.train.Run'),
+                       ('eval/results.py', 'demix.train'), ('layers/norms.py', 'demix.data.store'),
+                       ('errors.py', 'demix.settings'), ('transformer.py', 'demix.sharding')):
+    assert not allowed(demix / file, module), (file, module)
+
+
+@pytest.mark.parametrize('path', [p for p in FILES if p.parent.name == 'data' or p.name in (
+    'errors.py', 'settings.py', 'workdir.py', 'catalogue.py', 'digests.py', 'progress.py',
+    'metrics.py', '__main__.py', '__init__.py')], ids=lambda p: str(p.relative_to(ROOT)))
+def test_data_and_the_ground_import_no_jax(path):
+  assert not {m.split('.')[0] for m in imports(path)} & {'jax', 'jaxlib', 'flax', 'optax', 'orbax'}
+
+
+def test_nothing_unpickles_and_only_main_exits():
+  for path in FILES:
+    names = {m.split('.')[0] for m in imports(path)}
+    assert not names & {'pickle', 'dill', 'cloudpickle', 'shelve', 'joblib'}, path
+    calls = {ast.unparse(n.func) for n in ast.walk(ast.parse(path.read_text()))
+             if isinstance(n, ast.Call)}
+    assert 'sys.exit' not in calls or path.name in ('__main__.py', 'sweep.py'), path
+
+
+def loaded(*argv) -> tuple[set, float]:
+  """The heavy packages that `python -m demix ARGV` has imported when it ends; its seconds."""
+  code = ('import atexit, runpy, sys\n'
+          f'atexit.register(lambda: print(sorted({HEAVY!r} & set(sys.modules)), '
+          'file=sys.stderr))\n'
+          f'sys.argv = ["demix", *{list(argv)!r}]\n'
+          'runpy.run_module("demix", run_name="__main__", alter_sys=True)')
+  start = time.monotonic()
+  done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+  return set(ast.literal_eval(done.stderr.splitlines()[-1])), time.monotonic() - start
+
+
+@pytest.mark.parametrize('argv', [('--help',), (), ('help',)])
+def test_help_imports_nothing_heavy_and_is_quick(argv):
+  heavy, seconds = loaded(*argv)
+  assert heavy == set()
+  assert seconds < 1
+
+
+def test_an_unknown_verb_imports_no_jax():
+  assert not loaded('trian')[0] & {'jax', 'flax', 'grain', 'orbax'}
+
+
+def test_prepare_imports_no_jax(tmp_path):
+  (tmp_path / 'in/law').mkdir(parents=True)
+  (tmp_path / 'in/law/train.jsonl').write_text('{"text": "a"}\n')
+  heavy, _ = loaded('prepare', f'--input={tmp_path / "in"}', f'--out={tmp_path / "out"}',
+                    '--config.tokenizer=bytes')
+  assert (tmp_path / 'out/card.json').exists()
+  assert 'numpy' in heavy and not heavy & {'jax', 'jaxlib', 'flax', 'grain', 'orbax'}
+
+
+@pytest.mark.parametrize('module', ['demix', 'demix.data.packing', 'demix.data.store',
+                                    'demix.catalogue', 'demix.metrics', 'demix.workdir'])
+def test_light_modules_import_no_jax(module):
+  code = f'import sys, {module}; print({{"jax", "flax", "grain", "orbax"}} & set(sys.modules))'
+  out = subprocess.run([sys.executable, '-c', code], cwd=ROOT, text=True, capture_output=True,
+                       check=True).stdout
+  assert out == 'set()\n'

@@ -1,0 +1,139 @@
+"""demix/reference.py: one syntax for a model wherever it is named."""
+
+import os
+import shutil
+from pathlib import Path
+
+import corpus
+import jax
+import numpy as np
+import pytest
+from checkpoint_cases import flip
+
+from demix import checkpoint
+from demix.errors import BadInput, NothingToLoad
+from demix.params import expert_slice
+from demix.reference import Reference, load, parse
+
+
+@pytest.mark.parametrize(('text', 'expected'), [
+    ('W', Reference(Path('W'))), ('a/b.c-d/W_1', Reference(Path('a/b.c-d/W_1'))),
+    ('/runs/W/', Reference(Path('/runs/W'))), ('W@0', Reference(Path('W'), 0)),
+    ('W@20000', Reference(Path('W'), 20000)), ('W#legal', Reference(Path('W'), None, 'legal')),
+    ('W@7#le-gal_2', Reference(Path('W'), 7, 'le-gal_2')), ('..', Reference(Path('..'))),
+    ('my runs/W', Reference(Path('my runs/W')))])
+def test_references(text, expected):
+  assert parse(text) == expected
+
+
+@pytest.mark.parametrize('text', ['', '@3', '#legal', 'W@', 'W#', 'W@x', 'W@-1', 'W#legal@3',
+                                  'W@1@2', 'W#a#b', 'W#a b', 'W@1#'])
+def test_what_is_no_reference_is_refused(text):
+  with pytest.raises(BadInput, match=r'is not W, W@STEP or W#EXPERT'):
+    parse(text)
+
+
+@pytest.mark.parametrize('text', ['forest:F', 'hf:DIR'])
+def test_kinds_that_are_not_built_are_refused(text):
+  with pytest.raises(BadInput, match='not built yet'):
+    parse(text)
+
+
+@pytest.fixture
+def copy(models, tmp_path):
+  return shutil.copytree(models['demix'], tmp_path / 'W')
+
+
+def canonical(loaded):
+  return {n: np.asarray(x) for n, x in loaded.model.canonical(loaded.params).items()}
+
+
+def saved(workdir, step):
+  directory = workdir / 'checkpoints'
+  like = {n: jax.ShapeDtypeStruct(shape, dtype)
+          for n, (shape, dtype) in checkpoint.names(directory, step).items() if 'params/' in n}
+  return {n.removeprefix('params/'): np.asarray(x)
+          for n, x in checkpoint.restore(directory, step, like).items()}
+
+
+def same(a, b):
+  assert a.keys() == b.keys()
+  for name in a:
+    np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def test_a_workdir_is_its_newest_checkpoint_and_a_step_that_one(models):
+  newest, early = load(str(models['demix'])), load(f'{models["demix"]}@20')
+  assert (newest.step, early.step) == (40, 20) and newest.expert is None
+  assert newest.meta == checkpoint.read_meta(models['demix'] / 'checkpoints', 40)
+  assert newest.domains == newest.model.config.experts == corpus.DOMAINS
+  assert newest.config.model.d_model == 16
+  same(canonical(newest), saved(models['demix'], 40))
+  same(canonical(early), saved(models['demix'], 20))
+  assert np.any(canonical(newest)['embed/tokens'] != canonical(early)['embed/tokens'])
+
+
+@pytest.mark.parametrize('domain', corpus.DOMAINS)
+def test_an_expert_is_a_dense_model_with_its_leaves_and_the_trunk(models, domain):
+  taken = load(f'{models["demix"]}@20#{domain}')
+  assert (taken.expert, taken.model.config.ffn, taken.model.config.experts) == (domain, 'dense', ())
+  everything = saved(models['demix'], 20)
+  own = {n.replace(f'/experts/{domain}', ''): x for n, x in everything.items()
+         if '/experts/' not in n or f'/experts/{domain}/' in n}
+  same(canonical(taken), own)
+  assert sum(x.size for x in own.values()) == load(str(models['dense'])).model.counts()[0]
+
+
+def test_an_expert_computes_what_the_whole_model_computes_for_its_domain(models):
+  whole = load(str(models['demix']))
+  tokens = np.random.default_rng(0).integers(0, 257, (8, 32))
+  routes = np.arange(8) % 4
+  hidden, _, _ = whole.model.apply(whole.params, tokens, routes)
+  for e, domain in enumerate(corpus.DOMAINS):
+    model, params = expert_slice(whole.model, whole.params, domain)
+    alone, _, _ = model.apply(params, tokens, 0)
+    np.testing.assert_allclose(alone[routes == e], hidden[routes == e], rtol=1e-5, atol=1e-5)
+    assert np.abs(alone[routes != e] - hidden[routes != e]).max() > 1e-2
+
+
+@pytest.mark.parametrize(('suffix', 'text'), [
+    ('@30', r'no checkpoint of step 30 \(there: 20, 40\)'),
+    ('#lega', r"no expert 'lega' \(did you mean 'legal'\?\)"),
+    ('#mixed', r"no expert 'mixed'"), ('@30#legal', 'no checkpoint of step 30')])
+def test_a_step_or_expert_that_is_not_there(models, suffix, text):
+  with pytest.raises(BadInput, match=text):
+    load(f'{models["demix"]}{suffix}')
+
+
+def test_a_dense_model_has_no_experts(models):
+  with pytest.raises(BadInput, match='a dense LM has no experts; leave out #legal'):
+    load(f'{models["dense"]}#legal')
+
+
+def test_a_place_without_a_model(models, tmp_path):
+  with pytest.raises(BadInput, match='no such workdir'):
+    load(str(tmp_path / 'none'))
+  with pytest.raises(BadInput, match='no finished checkpoint: train it first'):
+    load(str(tmp_path))
+
+
+def test_a_bad_newest_checkpoint_is_named_and_the_one_before_loaded(copy, capsys):
+  flip(0.5)(copy / 'checkpoints/40/meta.json')
+  loaded = load(str(copy))
+  assert loaded.step == 20
+  same(canonical(loaded), saved(copy, 20))
+  err = capsys.readouterr().err
+  assert err.startswith(f'warning: checkpoint {copy / "checkpoints/40"} is not used: meta.json')
+  assert err.count('\n') == 1
+  with pytest.raises(NothingToLoad, match=r'40 is bad: meta\.json'):  # named, so no other will do
+    load(f'{copy}@40')
+  os.truncate(copy / 'checkpoints/20/digests.json', 3)
+  with pytest.raises(NothingToLoad, match='bad: 40, 20'):
+    load(str(copy))
+
+
+def test_a_model_is_loaded_without_its_store(models, copy, stores, monkeypatch):
+  """A checkpoint says all that is needed: the store may be gone, or elsewhere."""
+  from demix.data.store import TokenStore
+  monkeypatch.setattr(TokenStore, 'open', None)
+  same(canonical(load(str(copy))), saved(models['demix'], 40))

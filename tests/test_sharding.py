@@ -1,0 +1,257 @@
+"""demix/sharding.py: the tables, and what the compiled step sends between which devices."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+from models import drawn, tiny
+from sharded_program import CASES, collectives, replica_groups
+
+from demix import sharding, tree
+from demix.errors import BadInput
+from demix.sharding import MeshConfig
+
+ROOT = Path(__file__).parents[1]
+
+
+def mesh_of(**axes):
+  """A mesh without devices."""
+  return AbstractMesh(tuple(axes.get(a, 1) for a in sharding.AXES), sharding.AXES)
+
+
+# ---- the tables
+
+@pytest.mark.parametrize('kind,changes', [
+    ('gpt', {}), ('llama', {}), ('period 2', dict(tied=False)), ('llama', dict(ffn='dense'))])
+def test_every_leaf_has_a_rule_and_experts_alone_are_split_by_expert(kind, changes):
+  model = tiny(kind, **changes)
+  specs, flat = sharding.specs(model.abstract), tree.flatten(model.abstract)
+  assert specs.keys() == flat.keys()
+  for name, spec in specs.items():
+    assert len(spec) == flat[name].ndim
+    if name.startswith('block_'):
+      assert spec[0] is None  # the layer axis, which scan walks
+    assert [i for i, a in enumerate(spec) if a == 'expert'] == ([1] if '/experts/' in name else [])
+    if flat[name].ndim - ('/experts/' in name) - name.startswith('block_') == 2:
+      assert 'fsdp' in spec, name  # every matrix can be split over copies
+  layer = f'block_{model.config.period - 1}'
+  expected = {f'{layer}/attention/q': P(None, 'fsdp', 'model'),
+              f'{layer}/attention/out': P(None, 'model', 'fsdp')}
+  if model.config.ffn == 'demix':
+    expected |= {f'{layer}/ffn/experts/up': P(None, 'expert', 'fsdp', 'model'),
+                 f'{layer}/ffn/experts/down': P(None, 'expert', 'model', 'fsdp')}
+  assert {n: specs[n] for n in expected} == expected
+
+
+def test_moments_lie_with_their_parameters():
+  model = tiny('llama')
+  where = sharding.state_shardings(mesh_of(expert=4, model=2), model.abstract)
+  assert where['optimizer']['mu'] == where['optimizer']['nu'] == where['params']
+  assert where['optimizer']['count'].spec == P()
+  for name, place in tree.flatten(where['params']).items():
+    leaf = tree.flatten(model.abstract)[name]
+    part = np.prod(place.shard_shape(leaf.shape)) / leaf.size
+    assert part <= (1 / 4 if '/experts/' in name else 1)
+
+
+def test_a_leaf_without_a_rule_is_named():
+  params = tiny().abstract
+  params = params | {'block_0': params['block_0'] | {'router': {'gate': jax.ShapeDtypeStruct(
+      (2, 16, 4), np.float32)}}}
+  with pytest.raises(BadInput, match='block_0/router/gate'):
+    sharding.specs(params)
+  params = {'embed': {'tokens': jax.ShapeDtypeStruct((2, 16, 4), np.float32)}}
+  with pytest.raises(BadInput, match=r"'embed/tokens' has shape \(2, 16, 4\).* 2 dimensions"):
+    sharding.specs(params)
+
+
+@pytest.mark.parametrize('axes,named', [
+    (dict(expert=3), r'4 experts over mesh axis expert=3: .* for expert: \[1, 2, 4\]'),
+    (dict(expert=8), '4 experts over mesh axis expert=8'),
+    (dict(model=5), r'dimension of \S+ over mesh axis model=5'),
+    (dict(fsdp=32), r'16 dimension of \S+ over mesh axis fsdp=32: .* \[1, 2, 4, 8, 16\]')])
+def test_what_does_not_divide_is_refused_with_the_numbers(axes, named):
+  with pytest.raises(BadInput, match=named):
+    sharding.shardings(mesh_of(**axes), tiny().abstract)
+
+
+def test_rows_that_do_not_divide_are_refused_with_the_numbers():
+  mesh = mesh_of(expert=4, data=2, model=3)
+  sharding.check_rows(mesh, 16)
+  with pytest.raises(BadInput, match=r'12 sequences .* 8 devices \(expert=4 · data=2\)'):
+    sharding.check_rows(mesh, 12)
+
+
+@pytest.mark.parametrize('axes', [
+    dict(data=2), dict(data=1, expert=2), dict(data=0), dict(data=-1, expert=-1), dict(data=-2),
+    dict(data=-1, expert=2)])
+def test_a_mesh_that_does_not_fit_is_refused_with_all_sizes(axes):
+  sizes = [getattr(MeshConfig(**axes), a) for a in sharding.AXES]
+  text = ', '.join(f'{a}={s}' for a, s in zip(sharding.AXES, sizes))
+  with pytest.raises(BadInput, match=re.escape(f'mesh {text} does not fit 1 devices')):
+    sharding.make_mesh(MeshConfig(**axes), jax.devices()[:1])
+  assert sharding.make_mesh(MeshConfig(), jax.devices()[:1]).size == 1
+
+
+# ---- the reader of compiled programs
+
+@pytest.mark.parametrize('spelling,groups', [
+    ('replica_groups={{0,1},{2,3},{4,5},{6,7}}', '01 23 45 67'),
+    ('replica_groups=[4,2]<=[8]', '01 23 45 67'),
+    ('replica_groups=[2,4]<=[4,2]T(1,0)', '0246 1357'),
+    ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_1'}", '01 23 45 67'),
+    ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}", '0246 1357'),
+    ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}", '0246 1357'),
+    ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}", '0145 2367'),
+    ('channel_id=1', '01234567'), ('replica_groups={}', '01234567')])
+def test_the_reader_knows_every_spelling_of_groups(spelling, groups):
+  line = f'%x = f32[4,20]{{1,0}} all-reduce(%y), channel_id=2, {spelling}, to_apply=%add'
+  found = replica_groups(line, 8)
+  assert found == {frozenset(map(int, g)) for g in groups.split()}
+
+
+class Grid:
+  """What `collectives` reads of a mesh: 4 groups of experts of 2 devices each."""
+  axis_names, size = ('expert', 'data'), 8
+  devices = np.array([type('Device', (), {'id': i})() for i in range(8)]).reshape(4, 2)
+
+
+def test_the_reader_finds_shapes_and_axes():
+  text = """
+    %a = (f32[1,20]{1,0}, f32[]) all-reduce(%b, %c), replica_groups=[4,2]<=[8], to_apply=%add
+    %d = f32[8,20]{1,0} all-gather-start(%e), replica_groups={{0,2,4,6},{1,3,5,7}}, dimensions={0}
+    %f = s32[3]{0} collective-permute(%g), source_target_pairs={{0,1},{1,0}}
+    %h = f32[3]{0} add(%a, %d)
+  """
+  assert collectives(text, Grid) == [
+      {'op': 'all-reduce', 'shapes': [[1, 20], []], 'axes': ['data']},
+      {'op': 'all-gather', 'shapes': [[8, 20]], 'axes': ['expert']},
+      {'op': 'collective-permute', 'shapes': [[3]], 'axes': ['data']}]
+
+
+# ---- the compiled step
+
+@pytest.fixture(scope='module')
+def found():
+  """{case: what tests/sharded_program.py found}."""
+  flags = '--xla_force_host_platform_device_count=8'
+  done = subprocess.run(
+      [sys.executable, str(ROOT / 'tests/sharded_program.py')], capture_output=True, text=True,
+      env=os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)})
+  assert done.returncode == 0, done.stderr[-3000:]
+  return json.loads(done.stdout)
+
+
+each_case = pytest.mark.parametrize('case', CASES)
+
+
+def slices(leaves, of) -> dict:
+  """{leaf: shape of its part on a device, as it is inside the loop over layers}."""
+  return {n: tuple(x[of][1:] if n.startswith('block_') else x[of]) for n, x in leaves.items()}
+
+
+def with_axis(program, axis, *ops) -> Counter:
+  """How often a shape is in a collective that spans `axis`; matrices may be transposed."""
+  return Counter(tuple(sorted(s)) for c in program if axis in c['axes']
+                 and (not ops or c['op'] in ops) for s in c['shapes'])
+
+
+@each_case
+def test_shared_gradients_are_summed_over_all_rows(found, case):
+  it = found[case]
+  local, whole = (slices(it['leaves'], of) for of in ('local', 'without_fsdp'))
+  for axis in ('expert', 'data', 'fsdp'):
+    if it['mesh'][axis] == 1:
+      continue
+    sums = with_axis(it['step'], axis, 'all-reduce', 'reduce-scatter')
+    for name in local:
+      if '/experts/' in name:
+        continue
+      part = tuple(sorted(whole[name] if axis == 'fsdp' else local[name]))
+      if not sums[part]:  # all at once over every axis, before it is split over fsdp
+        part = tuple(sorted(whole[name]))
+      assert sums[part], (name, axis)
+      sums[part] -= 1
+
+
+@each_case
+def test_nothing_of_an_expert_leaves_its_group(found, case):
+  it = found[case]
+  experts = {n for n in it['leaves'] if '/experts/' in n}
+  shared = {tuple(sorted(s)) for of in ('local', 'without_fsdp')
+            for n, s in slices(it['leaves'], of).items() if n not in experts}
+  count = len(it['sharded']['tokens_D'][0])
+  crossing = with_axis(it['step'], 'expert')
+  # Shared gradients; scalars (clip norm, loss); and loss and tokens by domain.
+  assert set(crossing) <= shared | {(), (count,)}
+  assert crossing[(count,)] <= 2 * (2 if '2 micro' in case else 1)
+  own = [tuple(sorted(s)) for of in ('local', 'without_fsdp', 'shape')
+         for n, s in slices(it['leaves'], of).items() if n in experts]
+  assert not set(crossing) & set(own)
+
+
+@each_case
+def test_expert_gradients_are_summed_or_gathered_once_inside_the_group(found, case):
+  it = found[case]
+  local = [x['local'] for n, x in it['leaves'].items() if '/experts/' in n]
+  gathered = Counter()
+  for c in it['step']:
+    if c['op'] == 'all-gather' and c['axes'] != ['fsdp']:  # over fsdp weights are, to be used
+      assert c['axes'] == ['data']
+      gathered.update(tuple(s) for s in c['shapes'])
+  layers = Counter(tuple(sorted((1, *s[2:]))) for s in local)  # of one expert, in the loop
+  sums = with_axis(it['step'], 'data', 'all-reduce', 'reduce-scatter')
+  summed = Counter({s: n for s, n in sums.items() if s in layers})
+  if it['mesh']['data'] == 1:
+    expected = Counter(), Counter()
+  elif local[0][1] == 1:  # one expert in a group: its rows are on both devices
+    expected = layers, Counter()
+  else:  # two experts on two devices: each sees all rows of one, and they swap gradients
+    expected = Counter(), Counter(map(tuple, local))
+  assert (summed, gathered) == expected  # so nothing gathers weights or moments
+
+
+@each_case
+def test_activations_stay_with_their_rows(found, case):
+  it = found[case]
+  assert {c['op'] for c in it['step'] + it['forward']} <= {'all-reduce', 'all-gather'}
+  for c in it['step']:  # heads and feed-forward columns stay apart on `model`
+    assert c['op'] != 'all-gather' or c['axes'] in (['fsdp'], ['data'])
+  for c in it['forward']:
+    assert c['axes'] in (['fsdp'], ['model'])
+  assert bool(it['forward']) == (it['mesh']['fsdp'] * it['mesh']['model'] > 1)
+  if it['mesh']['fsdp'] > 1:  # over fsdp, parameters are gathered and gradients summed
+    parameters = {tuple(sorted(s)) for of in ('without_fsdp', 'shape')
+                  for s in slices(it['leaves'], of).values()}
+    parameters |= {tuple(sorted((1, *x['shape'][2:]))) for n, x in it['leaves'].items()
+                   if '/experts/' in n}  # one expert of the group, in the loop
+    over = with_axis(it['step'], 'fsdp') + with_axis(it['forward'], 'fsdp')
+    assert set(over) <= parameters | {(), (4,)}
+
+
+@each_case
+def test_the_step_is_that_of_one_device(found, case):
+  it = found[case]
+  alone, sharded = it['alone'], it['sharded']
+  assert alone.pop('applied') == sharded.pop('applied') == [True, True]
+  for name in alone:  # sums in another order
+    np.testing.assert_allclose(sharded[name], alone[name], rtol=2e-6, err_msg=name)
+  assert max(it['difference'].values()) < 2e-6
+  assert it['strays'] == []  # parameters and moments come out where they went in
+
+
+def test_the_cases_are_what_their_names_say(found):
+  for case, it in found.items():
+    axes = {a: int(n) for a, n in re.findall(r'(\w+) (\d)(?! micro)', case)}
+    assert it['mesh'] == dict.fromkeys(sharding.AXES, 1) | axes
+    assert np.prod(list(it['mesh'].values())) == 8
+  assert drawn(tiny()).keys() == {n.split('/')[0] for n in it['leaves']}
