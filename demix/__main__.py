@@ -19,14 +19,25 @@ def _usage() -> str:
 
 
 def main(argv: list[str]) -> int:
-  """Runs one verb and returns its exit code (docs/contracts.md)."""
-  from demix.errors import BadInput, DemixError
+  """Runs one verb and returns its exit code (docs/contracts.md §exit codes)."""
+  try:
+    code = _run(argv)
+    sys.stdout.flush()
+    return code
+  except BrokenPipeError:  # `… | head`
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
+
+
+def _run(argv):
+  from demix.errors import DemixError
   if not argv or argv[0] in ('--help', '-h', 'help'):
     print(_usage())
     return 0 if argv else 2
   from demix.verbs.flags import Help
   try:
     if argv[0] not in VERBS:
+      from demix.errors import BadInput
       from demix.settings import nearest
       raise BadInput(f'no such verb {argv[0]!r}{nearest(argv[0], VERBS)}')
     return importlib.import_module(f'demix.verbs.{argv[0]}').run(argv[1:]) or 0
@@ -39,9 +50,8 @@ def main(argv: list[str]) -> int:
   except KeyboardInterrupt:
     print('error: interrupted', file=sys.stderr)
     return 130
-  except BrokenPipeError:  # `… | head`
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 1
+  except BrokenPipeError:
+    raise
   except Exception as e:
     if os.environ.get('DEMIX_TRACEBACK'):
       raise

@@ -154,10 +154,6 @@ class Run:
     self.adamw = AdamW(config.optimizer, config.optimizer.schedule_steps)
     self.flops = (config.data.batch_size * config.data.sequence_length
                   * self.model.flops_per_token(config.data.sequence_length))
-    save_config(workdir, {'version': 1, 'config': settings.to_dict(config),
-                          'identity': self.identity})
-    (workdir / 'data').mkdir(exist_ok=True)
-    shutil.copyfile(self.store.path / 'card.json', workdir / 'data' / 'card.json')
     self.ledger = {'tokens': 0, 'flops': 0, 'seconds': 0.0}
     self.stop_signal = None
 
@@ -192,6 +188,13 @@ class Run:
             'data': data_fingerprint(self.store, self.domains), 'ledger': dict(self.ledger),
             'epochs': self.batches.epochs(step)}
 
+  def save_config(self):
+    """Writes W/config.json and W/data/card.json."""
+    save_config(self.workdir, {'version': 1, 'config': settings.to_dict(self.config),
+                               'identity': self.identity})
+    (self.workdir / 'data').mkdir(exist_ok=True)
+    shutil.copyfile(self.store.path / 'card.json', self.workdir / 'data' / 'card.json')
+
   # ---- the loop -------------------------------------------------------------------------------
 
   def loop(self) -> int:
@@ -206,6 +209,7 @@ class Run:
     if done >= train.steps:
       print(f'done already: step {done} of {train.steps} in {self.workdir}')
       return done
+    self.save_config()  # not before: what cannot be gone on with stays as it is
     print(header(config, self.model, self.mesh, self.workdir), flush=True)
     if done:
       print(f'resumed     at step {done}', flush=True)

@@ -24,8 +24,9 @@ KINDS = {
     'period 2': dict(layers=4, expert_every=2, kv_heads=1, activation='gelu_tanh'),
 }
 
-# Compiled for one run: a program takes longer to compile than to run here.
-jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+# Compiled for one run: a step takes 0.5 s to compile, not 3.7, and is slow where nobody looks.
+jit = functools.partial(jax.jit, compiler_options={
+    'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False})
 
 
 @functools.cache

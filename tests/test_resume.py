@@ -21,7 +21,6 @@ KINDS = {
     'dense': {},
     'demix': {'model__ffn': 'demix'},
     'demix proportional': {'model__ffn': 'demix', 'data__sampling': 'proportional'},
-    'domain token': {'data__domain_token': True},
     'documents': {'model__ffn': 'demix', 'data__packing': 'document'},
     'accumulation': {'model__ffn': 'demix', 'train__accumulation': 2},
     'bfloat16': {'model__ffn': 'demix', 'train__compute_dtype': 'bfloat16'},
@@ -33,10 +32,10 @@ def training(workdir):
   return [{k: v for k, v in row.items() if not k.startswith('eval/')} for row in runs.rows(workdir)]
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', [k for k in KINDS if k != 'demix'])  # that is killed below
 def test_a_run_that_was_stopped_at_a_checkpoint_goes_on_to_the_bit(stores, tmp_path, kind):
   store = shutil.copytree(stores.bytes, tmp_path / 'store')  # document packing writes an index
-  for name, stops in (('whole', (8,)), ('parts', (3, 4, 8))):
+  for name, stops in (('whole', (8,)), ('parts', (4, 8))):
     for steps in stops:
       assert runs.train(store, tmp_path / name, train__steps=steps, **KINDS[kind]).code == 0
   assert training(tmp_path / 'parts') == training(tmp_path / 'whole')
@@ -168,12 +167,12 @@ def test_if_all_checkpoints_are_bad_nothing_is_trained_from_scratch(eight, store
   copy = shutil.copytree(eight[0], tmp_path / 'W')
   for step in (4, 8):
     flip(0.5)(biggest(copy / f'checkpoints/{step}'))
-  before = {p: c for p, (c, _) in runs.files(copy).items() if p != 'config.json'}
+  before = runs.files(copy)
   ended = runs.train(stores.bytes, copy, **TWELVE)
   message = ended.error(4)
   assert 'bad: 8, 4' in message and 'delete them to start over' in message
   assert len(ended.said()) == 3 and ended.out == ''  # a warning for each
-  assert {p: c for p, (c, _) in runs.files(copy).items() if p != 'config.json'} == before
+  assert runs.files(copy) == before
 
 
 def test_without_checkpoints_a_run_starts_over(eight, stores, tmp_path):

@@ -1,13 +1,24 @@
 """train.make_step: one update has the gradient of one scalar, and reaches whom it should."""
 
 import jax.numpy as jnp
+import jaxprs
 import models
 import numpy as np
 import pytest
-from models import BALANCED, EXPERTS, assert_close, assert_same, batch_of, drawn, steps, tiny
+from models import (
+    BALANCED,
+    EXPERTS,
+    adamw,
+    assert_close,
+    assert_same,
+    batch_of,
+    drawn,
+    steps,
+    tiny,
+)
 
 from demix import tree
-from demix.train import canonical_state, micro_batches
+from demix.train import canonical_state, make_step, micro_batches
 
 
 def expert_of(name):
@@ -132,6 +143,13 @@ def test_documents_and_blocks_reach_the_model_and_the_loss():
   blocks, (c,) = steps(tiny('gpt', loss_block=7), params, [batch])
   np.testing.assert_allclose(a['loss'], c['loss'], rtol=1e-6)
   assert_close(blocks, with_segments)
+  def scores(block):
+    """Whether the step holds the logits of all of its tokens."""
+    step = make_step(tiny('gpt', loss_block=block), adamw(), domains=4, balanced=True)
+    state = {'params': params, 'optimizer': adamw().init(params)}
+    table, tokens = params['embed']['tokens'].shape[0], batch['tokens_BL'].size
+    return (tokens, table) in jaxprs.shapes(step, state, batch)
+  assert scores(0) and not scores(7)
 
 
 # ---- models that are the same
@@ -148,7 +166,7 @@ def test_balanced_is_the_general_path(kind):
   assert_close(general, state)
 
 
-@pytest.mark.parametrize('balanced', [True, False])  # the second: one row at a time, other sums
+@pytest.mark.parametrize('balanced', [True, False])
 def test_one_expert_is_the_dense_model_step_for_step(balanced):
   dense, one = tiny('gpt', ffn='dense'), tiny('gpt', experts=('law',))
   flat = dense.canonical(drawn(dense))
@@ -157,10 +175,13 @@ def test_one_expert_is_the_dense_model_step_for_step(balanced):
   state, metrics = steps(dense, dense.running(flat), batches, balanced=False, domains=1)
   got, got_metrics = steps(one, one.running({rename(n): x for n, x in flat.items()}), batches,
                            balanced=balanced, domains=1)
-  same = assert_same if balanced else assert_close
-  same(dict(enumerate(got_metrics)), dict(enumerate(metrics)))
-  same(canonical_state(one, got), {
-      rename(n): x for n, x in canonical_state(dense, state).items()})
+  # Not to the bit: the same operations are fused otherwise, and a · b + c is then rounded once or
+  # twice. Measured after four steps: 2e-7 of the norm, 2e-7 in parameters of size 1.
+  for a, b in zip(got_metrics, metrics):
+    np.testing.assert_allclose(a['loss'], b['loss'], rtol=1e-6)
+    np.testing.assert_allclose(a['grad_norm'], b['grad_norm'], rtol=2e-6)
+  assert_close(canonical_state(one, got), {
+      rename(n): x for n, x in canonical_state(dense, state).items()}, rtol=1e-5, atol=5e-7)
 
 
 def test_an_update_lowers_the_loss_of_its_batch():

@@ -8,12 +8,15 @@ import signal
 import time
 
 import corpus
+import jax
 import numpy as np
 import pytest
 import runs
 
-from demix import checkpoint, digests, metrics, workdir
-from demix.data.batches import Batches
+from demix import checkpoint, digests, loss, metrics, workdir
+from demix.config import domain_symbols
+from demix.data.batches import Batches, DataConfig
+from demix.data.store import TokenStore
 from demix.eval import perplexity
 from demix.reference import load
 
@@ -79,6 +82,37 @@ def test_a_run_of_each_kind_and_what_it_logs(stores, tmp_path, kind):
   tokens = {'domain token': 3 * 8 * 31}.get(kind, 3 * 8 * 32)
   assert ledger['tokens'] == tokens or (kind == 'documents' and 500 < ledger['tokens'] < tokens)
   assert rows[0]['train/loss'] == pytest.approx(math.log(257), abs=0.7)
+
+
+@pytest.mark.parametrize('kind', ['demix', 'documents', 'domain token'])
+def test_the_first_loss_is_that_of_the_fresh_model_on_batch_0(stores, tmp_path, kind):
+  """What the loop gives to the step: its batch, its seed, segments and positions of documents."""
+  store = TokenStore.open(shutil.copytree(stores.bytes, tmp_path / 'store'))
+  data = DataConfig(domains=corpus.DOMAINS, sequence_length=32, batch_size=8, packing='document')
+  # A seed whose first batch has more than one document in a row.
+  seed = next(s for s in range(4, 99) if Batches(store, data, s)[0]['segments_BL'].max() > 1)
+  runs.train(store.path, tmp_path / 'W', train__steps=1, seed=seed, **KINDS[kind])
+  loaded = load(str(tmp_path / 'W'))
+  model, config = loaded.model, loaded.config
+  params = jax.jit(model.init)(seed)
+  batch = Batches(store, config.data, seed, symbols=domain_symbols(config))[0]
+  def mean(**more):
+    hidden, _, _ = model.apply(params, batch['tokens_BL'], batch['domain_B'], **more)
+    nll = loss.nll(hidden, model.output_table(params), batch['targets_BL'],
+                   model.config.vocab_size)
+    return float((nll * batch['weights_BL']).sum() / batch['weights_BL'].sum())
+  expected = mean(segments_BL=batch['segments_BL'], positions_BL=batch['positions_BL'])
+  assert metrics.read(tmp_path / 'W')[0]['train/loss'] == pytest.approx(expected, rel=1e-6)
+  assert (abs(mean() - expected) > 1e-4) == (kind == 'documents')
+
+
+def test_evaluations_while_training_are_those_of_evaluate(finished, tmp_path):
+  [*_, row] = metrics.read(finished)
+  out = tmp_path / 'results.json'
+  flags = [f'--model={finished}', '--split=valid', f'--domains={",".join(corpus.DOMAINS)}']
+  assert runs.demix('evaluate', *flags, '--limit=64', f'--out={out}').code == 0
+  for scored in json.loads(out.read_text())['rows']:
+    assert row[f'eval/{scored["domain"]}/nll'] == pytest.approx(scored['nll'], rel=1e-6)
 
 
 def test_the_header_says_what_runs(stores, tmp_path):
@@ -150,11 +184,11 @@ def test_tensorboard_files_are_written_unless_turned_off(finished, stores, tmp_p
 
 
 def test_a_finished_workdir_says_so_and_nothing_changes(copy, stores):
-  before = {p: c for p, (c, _) in runs.files(copy).items()}
+  before = runs.files(copy)
   ended = runs.train(stores.bytes, copy, **DEMIX)
   assert (ended.code, ended.said()) == (0, [])
   assert ended.out == f'done already: step 8 of 8 in {copy}\n'
-  assert {p: c for p, (c, _) in runs.files(copy).items()} == before
+  assert runs.files(copy) == before
 
 
 def test_another_experiment_is_refused_with_every_difference_and_nothing_is_written(
@@ -255,7 +289,6 @@ def test_a_bad_batch_ends_the_run_and_a_good_one_goes_on_as_if_it_had_not_been(
 def test_a_bad_expert_is_named_by_its_domain_and_its_checkpoint_is_not_touched(copy, stores):
   """A NaN in one expert of a checkpoint: that domain is the worst; nothing is written."""
   directory = copy / 'checkpoints'
-  import jax
   like = {n: jax.ShapeDtypeStruct(shape, dtype)
           for n, (shape, dtype) in checkpoint.names(directory, 8).items()}
   state = {n: np.array(x) for n, x in checkpoint.restore(directory, 8, like).items()}

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import formulas
 import jax
 import jax.numpy as jnp
 import jaxprs
@@ -17,6 +18,19 @@ from demix.transformer import PRESETS, TAPS, ModelConfig, preset
 SEGMENTS = np.array([[1, 1, 2, 2, 2, 0], [1, 2, 3, 3, 0, 0], [0, 0, 0, 0, 0, 0]])
 POSITIONS = np.array([[0, 1, 0, 1, 2, 0], [0, 0, 0, 1, 0, 1], [0, 1, 2, 3, 4, 5]])
 ROUTE = jnp.asarray([2, 0, 2])
+
+
+@pytest.mark.parametrize('kind,changes', [
+    ('gpt', {}), ('llama', {}), ('period 2', {}), ('llama', dict(ffn='dense', embed_scale=True)),
+    ('gpt', dict(norm_placement='post', biases=False))])
+def test_the_model_is_its_formula(kind, changes):
+  model, tokens = tiny(kind, **changes), np.random.default_rng(5).integers(0, models.V, (3, 6))
+  params = drawn(model)
+  hidden = jit(lambda p: model.apply(p, tokens, ROUTE, segments_BL=jnp.asarray(SEGMENTS),
+                                     positions_BL=jnp.asarray(POSITIONS))[0])(params)
+  expected = formulas.transformer(model.config, model.canonical(params), tokens, ROUTE, POSITIONS,
+                                  SEGMENTS)
+  np.testing.assert_allclose(hidden, expected, rtol=2e-4, atol=2e-5)
 
 
 def visible(segments) -> np.ndarray:

@@ -1,5 +1,6 @@
 """demix/layers/attention.py: the mask, the hand-written gradient, and the layer against NumPy."""
 
+import formulas
 import jax
 import jax.numpy as jnp
 import models
@@ -78,36 +79,6 @@ def test_attend_is_softmax_attention_in_value_and_gradient(groups, queries, segm
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5, err_msg=f'gradient of {name}')
 
 
-def reference(config, leaves, x, positions, segments):
-  """The whole layer in NumPy float64, from the formulas: heads one by one, rotation in ℂ."""
-  B, length, _ = x.shape
-  heads, kv_heads, K = config.heads, config.kv_heads or config.heads, config.head_width
-  def project(name, count):
-    y = x @ leaves[name] + leaves.get(f'{name}_bias', 0)
-    return y.reshape(B, length, count, K)
-  q, k, v = project('q', heads), project('k', kv_heads), project('v', kv_heads)
-  if config.qk_norm:
-    norm = lambda t, scale: t / np.sqrt((t ** 2).mean(-1, keepdims=True) + 1e-5) * scale
-    q, k = norm(q, leaves['q_norm/scale']), norm(k, leaves['k_norm/scale'])
-  if config.positions == 'rotary':
-    frequency = config.rope_theta ** (-2 * np.arange(K // 2) / K)
-    turn = np.exp(1j * positions[..., None] / config.rope_scale * frequency)[:, :, None]
-    def rotated(t):
-      z = (t[..., :K // 2] + 1j * t[..., K // 2:]) * turn
-      return np.concatenate([z.real, z.imag], -1)
-    q, k = rotated(q), rotated(k)
-  out = np.zeros((B, length, heads, K))
-  for b in range(B):
-    for h in range(heads):
-      g = h * kv_heads // heads
-      for t in range(length):
-        seen = [s for s in range(t + 1) if segments[b, s] == segments[b, t]]
-        scores = np.array([q[b, t, h] @ k[b, s, g] for s in seen]) / np.sqrt(K)
-        weights = np.exp(scores - scores.max())
-        out[b, t, h] = (weights / weights.sum()) @ v[b, seen, g]
-  return out.reshape(B, length, -1) @ leaves['out'] + leaves.get('out_bias', 0)
-
-
 def layer(kind, **changes):
   """Of an Attention layer with drawn leaves: config, function, and the leaves in float64."""
   model = models.tiny(kind, ffn='dense', layers=1, expert_every=1, **changes)
@@ -131,7 +102,7 @@ def test_the_layer_is_its_formula(kind, changes):
   positions = np.array([[0, 1, 0, 1, 2, 0], [0, 0, 0, 1, 0, 1]])
   bias = attention.mask_bias(6, jnp.asarray(SEGMENTS))
   y = run(x, positions, bias)
-  np.testing.assert_allclose(y, reference(config, leaves, x, positions, SEGMENTS),
+  np.testing.assert_allclose(y, formulas.attention(config, leaves, x, positions, SEGMENTS),
                              rtol=1e-4, atol=1e-5)
 
 

@@ -1,7 +1,6 @@
 """demix/layers/domain_expert_ffn.py: three ways through the layer and one meaning."""
 
-import math
-
+import formulas
 import jax
 import jax.numpy as jnp
 import models
@@ -29,27 +28,13 @@ def layer(kind, changes):
   return config, run, leaves
 
 
-def reference(activation, leaves, e, x):
-  """Expert e on x in float64, from the papers' formulas."""
-  w = {n.split('/')[-1]: np.float64(leaf[e]) for n, leaf in leaves.items()}
-  linear = lambda x, name: x @ w[name] + w.get(f'{name}_bias', 0)
-  h = linear(x, 'up')
-  if activation == 'gelu':
-    h = h * 0.5 * (1 + np.vectorize(math.erf)(h / 2 ** 0.5))
-  elif activation == 'gelu_tanh':
-    h = h * 0.5 * (1 + np.tanh((2 / math.pi) ** 0.5 * (h + 0.044715 * h ** 3)))
-  else:
-    gate = linear(x, 'gate')
-    h = h * gate / (1 + np.exp(-gate))
-  return linear(h, 'down')
-
-
 @pytest.mark.parametrize('kind,changes', KINDS)
 def test_every_way_is_the_formula(kind, changes):
   config, run, leaves = layer(kind, changes)
   random = np.random.default_rng(0)
   x = random.normal(size=(B, L, D))
-  every = np.stack([reference(config.activation, leaves, e, x) for e in range(E)])  # [E, B, L, D]
+  expert = lambda e: {n.split('/')[-1]: np.float64(leaf[e]) for n, leaf in leaves.items()}
+  every = np.stack([formulas.feed_forward(config.activation, expert(e), x) for e in range(E)])
   rows, mixed = np.repeat(np.arange(E), B // E), random.integers(0, E, B)
   weights_BE, weights_BLE = random.random((B, E)), random.random((B, L, E))
   expected = {

@@ -33,7 +33,7 @@ def test_values_and_gradients_are_the_formula(kind, biases):
     expected, expected_grads = jit(run, static_argnums=0)(
         lambda w, x: formula(kind, w, x), leaves, x, dy)
   np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
-  (dw, dx), (expected_dw, expected_dx) = grads, expected_grads
+  (dw, dx), (expected_dw, expected_dx) = jax.device_get((grads, expected_grads))
   largest = np.abs(expected_dx).max(-1, keepdims=True)
   np.testing.assert_allclose(dx / largest, expected_dx / largest, atol=1e-4)
   for name in leaves:
@@ -46,4 +46,4 @@ def test_bfloat16_is_normed_in_float32(kind):
   y = kind(64, False)(x)
   assert y.dtype == jnp.bfloat16
   exact = formula(kind, {'scale': 1}, np.float64(x))
-  np.testing.assert_allclose(np.float64(y), exact, rtol=2 ** -8, atol=1e-6)  # one rounding, at the end
+  np.testing.assert_allclose(np.float64(y), exact, rtol=2 ** -8, atol=1e-6)  # rounded once
