@@ -11,6 +11,7 @@ optimizer and their numbers are the same; attention is F.scaled_dot_product_atte
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -111,7 +112,9 @@ class Torch:
   def __init__(self, python: str, path: Path, compiled: bool):
     self.process = subprocess.Popen(
         [python, __file__, f'--worker={path}', *([] if compiled else ['--eager'])],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        # Its threads sleep while they wait: on shared cores, spinning would count as its CPU time.
+        env={'OMP_WAIT_POLICY': 'passive', **os.environ})
     self.first = self._read()
 
   def _read(self):

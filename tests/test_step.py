@@ -5,17 +5,7 @@ import jaxprs
 import models
 import numpy as np
 import pytest
-from models import (
-    BALANCED,
-    EXPERTS,
-    adamw,
-    assert_close,
-    assert_same,
-    batch_of,
-    drawn,
-    steps,
-    tiny,
-)
+from models import BALANCED, EXPERTS, adamw, assert_close, assert_same, batch_of, drawn, steps, tiny
 
 from demix import tree
 from demix.train import canonical_state, make_step, micro_batches

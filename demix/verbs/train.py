@@ -2,6 +2,7 @@
 
 from absl import flags
 
+from demix.errors import BadInput
 from demix.verbs.flags import Verb, require
 
 SUMMARY = 'train a model; the same workdir again resumes'
@@ -19,6 +20,8 @@ def run(argv: list[str]) -> int:
     return _train(argv, None)  # says what is wrong
   if early.help or not early.workdir:
     return _train(argv, None)
+  if early.workdir.startswith('--'):  # `--workdir --config.seed=1` would make that folder
+    raise BadInput(f'--workdir={early.workdir}: a flag, not a folder: --workdir=W')
   with workdir.hold(early.workdir, 'train') as held:
     return _train(argv, held)
 
@@ -27,7 +30,7 @@ def _train(argv, held) -> int:
   from demix.config import Config
   verb = Verb('train', SUMMARY)
   verb.string('workdir', '', 'folder of the run: config, metrics, checkpoints')
-  verb.config(Config, 'configs/demix.py')
+  verb.config(Config, 'configs/laptop.py:demix')
   given, config = verb.parse(argv)
   require(given.workdir, 'workdir', 'where the run keeps its config, metrics and checkpoints')
   require(config.data.path, 'config.data.path', 'the token store that `prepare` wrote')
