@@ -2,8 +2,9 @@
 
   launch/quickstart.sh
 
-Each arm: @@COST@@ on 2 cores. Recipe chosen on valid text, on seed 0, of both arms: 8, 16 and 32 sequences
-per update, peak rates 2e-3 to 8e-3; README says what came out over 3 seeds.
+The recipe was chosen on valid text, on seed 0: 8, 16 and 32 sequences per update and peak rates of
+2e-3 to 8e-3 for dense, 8 sequences and the same rates for DEMix. README says what came out over
+three seeds.
 """
 
 from configs.quickstart_corpus import TRAIN
