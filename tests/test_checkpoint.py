@@ -243,7 +243,8 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(tmp_path, le
 
 
 @pytest.mark.parametrize('meta', [
-    {'a': object()}, {'a': float('nan')}, {'leaves': {}}, {'step': 2}], ids=str)
+    {'a': object()}, {'a': float('nan')}, {'leaves': {}}, {'step': 2}],
+    ids=['no JSON', 'nan', 'a key of ours', 'another step'])
 def test_meta_that_cannot_be_saved_is_refused(tmp_path, meta):
   with Checkpoints(tmp_path) as c, pytest.raises(BadInput):
     c.save(1, state_of(1), meta)
