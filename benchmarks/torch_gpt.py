@@ -173,6 +173,10 @@ def main():
       dict.fromkeys(arms, inner))
   # The other process counts its own CPU time; the first round is not counted, as here.
   times['torch'] = [(t['wall'], t['cpu']) for t in taken[1:]]
+  # Equally many steps were done on both sides: training differs if these do.
+  last = ', '.join(f'{name} {arm.loss:.5f}' for name, arm in arms.items())
+  steps = 1 + (args.repeats + 1) * inner
+  print(f'loss of step {steps}: torch {taken[-1]["loss"]:.5f}, {last}')
   figures = {'size': args.size, 'torch': other.first | {'kind': kind}, 'command': sys.argv}
   for name, rounds in times.items():
     wall, cpu = ([t[i] for t in rounds] for i in (0, 1))
