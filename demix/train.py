@@ -34,19 +34,14 @@ from demix.progress import Progress, duration, quantity
 from demix.workdir import check_identity, load_identity, save_config
 
 
-def micro_batches(batch: dict, count: int, groups: int) -> dict:
-  """[B, …] → [count, B / count, …], each micro-batch with its share of every group of rows.
+def micro_batches(batch: dict, count: int) -> dict:
+  """[B, …] → [count, B / count, …]: micro-batch m has rows m, m + count, …
 
-  Args:
-    batch: arrays with leading axis B. count: micro-batches.
-    groups: row groups that must stay balanced (the domains of an expert-major batch, else 1).
+  So those of an expert-major batch are expert-major, with equally many rows per expert where these
+  are a multiple of `count`, and on a mesh rows stay on their devices.
   """
-  def split(x):
-    # Every count-th row: rows that lie on different devices stay there in each micro-batch.
-    rows = x.shape[0] // (groups * count)
-    x = jnp.moveaxis(x.reshape(groups, rows, count, *x.shape[1:]), 2, 0)
-    return x.reshape(count, groups * rows, *x.shape[3:])
-  return {name: split(x) for name, x in batch.items()}
+  return {name: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0)
+          for name, x in batch.items()}
 
 
 def make_step(model: Model, adamw: AdamW, *, domains: int, balanced: bool, accumulation: int = 1,
@@ -85,8 +80,8 @@ def make_step(model: Model, adamw: AdamW, *, domains: int, balanced: bool, accum
       def add(sums, micro):
         return jax.tree.map(jnp.add, sums, gradient(state['params'], micro, total)), None
       zero = jax.tree.map(jnp.zeros_like, ((total, tokens_D), state['params']))
-      micro = micro_batches(batch, accumulation, domains if balanced else 1)
-      ((value, nll_D), grads), _ = jax.lax.scan(add, zero, micro)
+      ((value, nll_D), grads), _ = jax.lax.scan(
+          add, zero, micro_batches(batch, accumulation))
     grads = keep_gradients(grads)
     present = None if balanced or config.ffn != 'demix' else tokens_D > 0
     params, optimizer, metrics = adamw.update(

@@ -192,7 +192,7 @@ def test_a_finished_workdir_says_so_and_nothing_changes(copy, stores):
 
 
 def test_another_experiment_is_refused_with_every_difference_and_nothing_is_written(
-    copy, stores):
+    copy, finished, stores):
   before = runs.files(copy)
   ended = runs.train(stores.bytes, copy, seed=3, data__batch_size=16, optimizer__clip=0.5,
                      train__steps=20, model__ffn='dense')
@@ -205,6 +205,12 @@ def test_another_experiment_is_refused_with_every_difference_and_nothing_is_writ
   for name in ('model.vocab_size: 257 → 300', 'data.fingerprint: "', 'tokenizer.fingerprint: "'):
     assert name in message
   assert runs.files(copy) == before
+  shutil.rmtree(copy / 'checkpoints')  # it was killed before its first
+  assert 'seed: 0 → 3' in runs.train(stores.bytes, copy, seed=3, **DEMIX).error(2)
+  shutil.copytree(finished / 'checkpoints', copy / 'checkpoints')
+  (copy / 'config.json').unlink()  # a checkpoint says it too
+  assert 'seed: 0 → 3' in runs.train(stores.bytes, copy, seed=3, **DEMIX).error(2)
+  assert not (copy / 'config.json').exists()
 
 
 def test_operational_fields_may_change_and_the_schedule_keeps_its_length(copy, finished, stores,
