@@ -73,7 +73,7 @@ def train(store, workdir, **changes) -> Ended:
 def fresh(*argv, env=None) -> Ended:
   """`python -m demix` in an interpreter of its own."""
   done = subprocess.run([sys.executable, '-m', 'demix', *map(str, argv)], cwd=ROOT, text=True,
-                        env=os.environ | (env or {}), capture_output=True, timeout=120)
+                        env=os.environ | (env or {}), capture_output=True, timeout=900)
   return Ended(done.returncode, done.stdout, done.stderr)
 
 

@@ -112,7 +112,7 @@ m.write(2, {'a': 0.25})
 m.close()
 '''
   done = subprocess.run([sys.executable, '-c', code, str(tmp_path), str(tensorboard)], text=True,
-                        capture_output=True, env={'PYTHONPATH': str(ROOT)}, timeout=30)
+                        capture_output=True, env={'PYTHONPATH': str(ROOT)}, timeout=300)
   assert (done.returncode, done.stderr, done.stdout.count('cannot be written')) == (0, '', 2)
   assert metrics.read(tmp_path) == [{'step': 1, 'a': 0.5}, {'step': 2, 'a': 0.25}]
 
