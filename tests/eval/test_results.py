@@ -190,7 +190,7 @@ def test_names_of_runs(models):
   message = runs.demix('evaluate', f'--model={dense}', f'--model={dense}@20').error(2)
   assert "two models are named 'dense'" in message and f'--model=OTHER={dense}@20' in message
   ended = runs.demix('evaluate', f'--model={dense}', f'--model=early={dense}@20',
-                     '--domains=kitchen,kitchen', '--limit=2')
+                     '--domains=kitchen, kitchen,', '--limit=2')
   assert ended.code == 0 and ended.out.splitlines()[0].split() == ['perplexity', 'dense', 'early']
   assert [line[:8] for line in ended.out.splitlines()].count('kitchen ') == 2  # two tables
   assert '--model is missing' in runs.demix('evaluate').error(2)
