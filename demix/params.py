@@ -58,6 +58,10 @@ class Model:
         balanced=balanced, execution=self.execution, dtype=jnp.dtype(self.dtype),
         constrain=constrain)
 
+  def bind(self, params) -> 'Bound':
+    """The two halves of `apply` with parameters in them; for mixing."""
+    return Bound(nnx.merge(self._graph, params), self.execution, jnp.dtype(self.dtype))
+
   def output_table(self, params):
     """[table_rows, D]: the matrix whose products with hidden states are the logits."""
     return params['embed']['tokens' if self.config.tied else 'output']
@@ -91,6 +95,22 @@ class Model:
     """Training FLOPs per token: 6 · active parameters + 12 · N · L · H · K (full causal square)."""
     c = self.config
     return 6 * self.counts()[1] + 12 * c.layers * length * c.heads * c.head_width
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+  """A model with its parameters, in two halves: what experts share, and one expert's own."""
+  _transformer: Transformer
+  _execution: ExecutionConfig
+  _dtype: object
+
+  def stem(self, tokens_BL, positions, bias, remember=lambda i: None):
+    """See Transformer.stem."""
+    return self._transformer.stem(tokens_BL, positions, bias, dtype=self._dtype, remember=remember)
+
+  def branch(self, x, route, positions, bias, **more):
+    """See Transformer.branch."""
+    return self._transformer.branch(x, route, positions, bias, execution=self._execution, **more)
 
 
 def expert_slice(model: Model, params: dict, expert: str) -> tuple[Model, dict]:

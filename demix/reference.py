@@ -39,6 +39,24 @@ class Loaded:
     """Training domains, in the order of routes."""
     return self.config.data.domains
 
+  @property
+  def members(self):
+    """mix.members.ExpertMembers: the experts, or the LM as the only member."""
+    from demix.mix.members import ExpertMembers
+    return ExpertMembers(self.model, self.expert or 'model')
+
+  @property
+  def member_digests(self) -> tuple:
+    """Content digest of each member as a whole LM: its own leaves and those it shares."""
+    from demix import digests, tree
+    shared, own = {}, {}
+    for name, leaf in self.meta['leaves'].items():
+      if name.startswith('params/'):
+        found = tree.EXPERT.fullmatch(name)
+        (own.setdefault(found[2], {}) if found else shared)[name] = leaf['digest']
+    names = (self.expert,) if self.expert else self.members.names
+    return tuple(digests.of_tree(shared | own.get(name, {})) for name in names)
+
 
 def parse(text: str) -> Reference:
   """'W@20000#legal' → Reference.

@@ -17,7 +17,9 @@ def option(default, help: str, *, operational: bool = False):
   metadata = {'help': help, 'operational': operational}
   if isinstance(default, dict) or dataclasses.is_dataclass(default):
     make = (lambda: dict(default)) if isinstance(default, dict) else (lambda: default)
-    return dataclasses.field(default_factory=make, metadata=metadata)
+    # A dict has no hash; configs that differ in one only are told apart by ==.
+    return dataclasses.field(default_factory=make, metadata=metadata,
+                             hash=False if isinstance(default, dict) else None)
   return dataclasses.field(default=default, metadata=metadata)
 
 

@@ -182,17 +182,28 @@ class Block(nnx.Module):
     self.attention_norm = norm(config.d_model, config.biases)
     self.ffn_norm = norm(config.d_model, config.biases)
 
+  def attend(self, x, positions, bias, remember=None):
+    """x [B, L, D] → x with attention added, and what was added; `remember`: see Attention."""
+    with jax.named_scope('attention'):
+      return self._add(x, self.attention_norm, lambda x: self.attention(
+          x, positions, bias, remember))
+
+  def feed(self, x, route, balanced=False):
+    """x [B, L, D] → x with the feed-forward layer added, and what was added."""
+    with jax.named_scope('ffn'):
+      return self._add(x, self.ffn_norm, lambda x: self.ffn(x, route, balanced))
+
+  def _add(self, x, norm, sublayer):
+    if self.placement == 'pre':
+      y = sublayer(norm(x))
+      return x + y, y
+    y = sublayer(x)
+    return x + norm(y), y
+
   def __call__(self, x, route, balanced, positions, bias, taps):
     """x [B, L, D] → x [B, L, D], {tap: [B, L, D]}."""
-    pre = self.placement == 'pre'
-    inner = lambda x, norm: norm(x) if pre else x
-    outer = lambda y, norm: y if pre else norm(y)
-    with jax.named_scope('attention'):
-      a = self.attention(inner(x, self.attention_norm), positions, bias)
-      x = x + outer(a, self.attention_norm)
-    with jax.named_scope('ffn'):
-      f = self.ffn(inner(x, self.ffn_norm), route, balanced)
-      x = x + outer(f, self.ffn_norm)
+    x, a = self.attend(x, positions, bias)
+    x, f = self.feed(x, route, balanced)
     return x, {n: v for n, v in (('attention', a), ('ffn', f), ('block', x)) if n in taps}
 
 
@@ -236,17 +247,16 @@ class Transformer(nnx.Module):
     Raises:
       BadInput: more positions than the model has learned, or no such tap.
     """
-    c, L = self.config, tokens_BL.shape[1]
-    if c.positions == 'learned' and L > c.max_length:  # a gather would repeat the last row
-      raise BadInput(f'{L} positions for a model that has learned {c.max_length}: shorten the '
-                     'sequences')
+    c = self.config
+    self._check_length(tokens_BL.shape[1])
     for name in taps:
       if name not in TAPS:
         raise BadInput(f'no tap {name!r}{nearest(name, TAPS)}')
+    L = tokens_BL.shape[1]
     positions = np.arange(L)[None] if positions_BL is None else positions_BL
     bias = mask_bias(L, segments_BL)
     x = constrain(self.embed(tokens_BL, positions, dtype))
-    graphs, leaves = zip(*(nnx.split(getattr(self, f'block_{p}')) for p in range(c.period)))
+    graphs, leaves = self._blocks()
 
     def period(x, leaves):
       out = []
@@ -267,3 +277,79 @@ class Transformer(nnx.Module):
       tapped = jax.tree.map(lambda *t: jnp.stack(t), *out)
     tapped = jax.tree.map(lambda t: t.reshape(c.layers, *t.shape[2:]), tapped)
     return constrain(self.final_norm(x)), {}, tapped
+
+  def _check_length(self, L):
+    learned = self.config.positions == 'learned'
+    if learned and L > self.config.max_length:  # a gather would repeat the last row
+      raise BadInput(f'{L} positions for a model that has learned {self.config.max_length}: '
+                     'shorten the sequences')
+
+  def _blocks(self):
+    """Graphs and stacked leaves of the blocks of a period."""
+    return zip(*(nnx.split(getattr(self, f'block_{p}')) for p in range(self.config.period)))
+
+  # ---- for mixing: what experts share is run once ------------------------------------------------
+
+  def stem(self, tokens_BL, positions, bias, *, dtype, remember=lambda i: None):
+    """All that comes before the first expert FFN: [B, L] → x [B, L, D].
+
+    Args:
+      positions: int [B or 1, L]. bias: for attention.
+      remember: i → what Attention's `remember` shall be in block i.
+    """
+    self._check_length(tokens_BL.shape[1])
+    x = self.embed(tokens_BL, positions, dtype)
+    for i, (graph, leaves) in enumerate(zip(*self._blocks())):
+      block = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], leaves))
+      x, _ = block.attend(x, positions, bias, remember(i))
+      if i < self.config.period - 1:
+        x, _ = block.feed(x, None)
+    return x
+
+  def branch(self, x, route, positions, bias, *, balanced=False, execution=ExecutionConfig(),
+             cache=None, start=None):
+    """All that comes from the first expert FFN on, for one expert (route: int scalar) or for rows
+    as `__call__` takes them.
+
+    Args:
+      x: [B, L, D] of `stem`. positions, bias: as there.
+      cache, start: keys and values of the later blocks, {place: (k, v)}, each
+        [N / period - 1, B, kv_heads, C, K], and where those of x go; None: attend to x itself.
+
+    Returns:
+      hidden [B, L, D] after the final norm; the cache with x in it.
+    """
+    c = self.config
+    graphs, leaves = map(tuple, self._blocks())
+    first = nnx.merge(graphs[-1], jax.tree.map(lambda leaf: leaf[0], leaves[-1]))
+    x, _ = first.feed(x, route, balanced)
+
+    def period(carry, i):
+      x, cache = carry
+      for place, (graph, leaf) in enumerate(zip(graphs, leaves)):
+        # One layer at a time: a tail of the stacked leaves would be a copy of nearly all of them.
+        block = nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], leaf))
+        remember = None
+        if cache is not None:
+          def remember(k, v, place=place):
+            cache[place], kv = keep(cache[place], i - 1, k, v, start)
+            return kv
+        x, _ = block.attend(x, positions, bias, remember)
+        x, _ = block.feed(x, route, balanced)
+      return (x, cache), None
+
+    cache = dict(cache) if cache is not None else None
+    if execution.scan:
+      (x, cache), _ = jax.lax.scan(period, (x, cache), jnp.arange(1, c.layers // c.period))
+    else:
+      for i in range(1, c.layers // c.period):
+        (x, cache), _ = period((x, cache), i)
+    return self.final_norm(x), cache
+
+
+def keep(cache, i, k, v, start):
+  """Writes keys and values [B, G, L, K] of layer i at position `start` of a cache, a pair of
+  [layers, B, G, C, K]; returns the cache and the layer's own pair [B, G, C, K]."""
+  cache = tuple(jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), (i, 0, 0, start, 0))
+                for old, new in zip(cache, (k, v)))
+  return cache, tuple(jax.lax.dynamic_index_in_dim(x, i, keepdims=False) for x in cache)

@@ -18,7 +18,7 @@ LEVELS = (
     'layers tree loss metrics data',
     'transformer sharding optimizer',
     'params',
-    'catalogue checkpoint',
+    'catalogue checkpoint mix',
     'config',
     'reference',
     'eval',

@@ -1,16 +1,21 @@
 """The evaluation of several models on the domains of one store: what `evaluate` does."""
 
-from demix import reference
+import numpy as np
+
+from demix import reference, settings
 from demix.config import digest, domain_symbols
 from demix.data.store import TokenStore
 from demix.errors import BadInput
-from demix.eval import perplexity, results
+from demix.eval import mixing, perplexity, results
+from demix.mix import prior
+from demix.mix.mixture import MixConfig
 from demix.progress import Progress
 from demix.settings import nearest
 
 
 def evaluate(models: dict, *, data: str = '', domains=(), split: str = 'test', stride: int = 0,
-             limit: int = 0, batch_size: int = 32, force: str = '') -> dict:
+             limit: int = 0, batch_size: int = 32, force: str = '', modes=(), stored=None,
+             dump: str = '', estimated=None) -> dict:
   """Scores models on domains.
 
   Args:
@@ -20,6 +25,10 @@ def evaluate(models: dict, *, data: str = '', domains=(), split: str = 'test', s
     split, stride, limit, batch_size: see perplexity.evaluate.
     force: expert or <domain> symbol for domains that a model was not trained on; '' takes the one
       with the lowest NLL on the domain's valid text.
+    modes: mixing.Mode columns for DEMix LMs; () for the given expert alone.
+    stored: cached priors by (domain, posterior), domain '' for any, used instead of estimating.
+    dump: a file for the arrays of the one DEMix LM and the first mode that mixes.
+    estimated: a list that takes the priors (prior.Prior) that were estimated.
 
   Returns:
     The content of results.json.
@@ -39,14 +48,24 @@ def evaluate(models: dict, *, data: str = '', domains=(), split: str = 'test', s
     raise BadInput(f'{store.path} has no {split} text{nearest(split, ("train", "valid", "test"))}')
   for name, one in loaded.items():
     check_tokenizer(name, one, store)
-  runs, rows, seen = {}, [], set()
+  mixed = [n for n, one in loaded.items() if modes and one.model.config.ffn == 'demix']
+  if modes and not mixed:
+    raise BadInput(f'--mix: none of {", ".join(loaded)} is a DEMix LM: there is nothing to mix')
+  if dump and len(mixed) != 1:
+    raise BadInput(f'--dump: {len(mixed)} runs are mixed: name one --model, and --mix')
+  runs, rows, seen, mixtures = {}, [], set(), {}
   for name, one in loaded.items():
     seen |= set(one.domains)
     runs[name] = run_entry(one)
-    rows += rows_of(name, one, store, domains, split, stride, limit, batch_size, force)
+    if name in mixed:
+      more, mixtures[name] = mixed_rows(name, one, store, domains, split, modes, stride, limit,
+                                        batch_size, stored, dump, estimated)
+      rows += more
+    else:
+      rows += rows_of(name, one, store, domains, split, stride, limit, batch_size, force)
   heldout = [d for d in domains if d not in seen]
   seed = next(iter(loaded.values())).config.seed
-  return results.results(runs, rows, seed=seed, heldout=heldout)
+  return results.results(runs, rows, seed=seed, heldout=heldout, mixing=mixtures)
 
 
 def check_tokenizer(name, loaded, store):
@@ -105,7 +124,48 @@ def rows_of(name, loaded, store, domains, split, stride, limit, batch_size, forc
   return [results.row(name, mix(p), p.domain, split, s) for p, s in zip(parts, scores)]
 
 
+def mixed_rows(name, loaded, store, domains, split, modes, stride, limit, batch_size, stored, dump,
+               estimated):
+  """Rows of results.json for one model, every domain under every mode; and its entry of `mixing`:
+  options, the priors that were estimated, the mean weights of experts."""
+  taking = mixing.Dump(loaded.members.names, domains, next(
+      (i for i, m in enumerate(modes) if not m.single), 0)) if dump else None
+  evaluation = mixing.Evaluation(
+      loaded.members, loaded.params, loaded.member_digests, store, modes, batch_size=batch_size,
+      length=loaded.config.data.sequence_length, stored=stored, dump=taking)
+  parts = [perplexity.Part(d, split, i) for i, d in enumerate(domains)]
+  total = perplexity.windows(store, parts, loaded.config.data.sequence_length, stride, limit)
+  rows, priors, weights, done = [], [], {}, 0
+  with Progress(total, 'windows', f'evaluate {name}, mixed') as progress:
+    def count(windows):
+      nonlocal done
+      done += windows
+      progress.update(done)
+    for part in parts:
+      given = part.domain if part.domain in loaded.members.names else None
+      found = evaluation.run(part, given, stride=stride, limit=limit, progress=count)
+      for mode, score, single, mass in zip(modes, found.scores, found.members, found.weights):
+        mix = f'expert:{single}' if single else 'ensemble'
+        rows.append(results.row(name, mix, part.domain, split, score, mode.prior, mode.posterior))
+        if not single:
+          key = ' '.join(filter(None, (mode.prior, mode.posterior)))
+          weights.setdefault(key, {})[part.domain] = mass
+      priors += found.priors.values()
+  if estimated is not None:
+    estimated += priors
+  if taking:
+    with open(dump, 'wb') as f:
+      np.savez(f, **taking.arrays())
+  order = {mode: i for i, mode in enumerate(dict.fromkeys((m.prior, m.posterior) for m in modes))}
+  rows.sort(key=lambda r: order[r['prior'], r['posterior']])
+  one, usual = settings.flatten(modes[0].config), settings.flatten(MixConfig())
+  unusual = {k: v for k, v in one.items() if v != usual[k] and k not in ('prior', 'posterior')}
+  return rows, {'options': one, 'unusual': unusual, 'mean_weights': weights,
+                'priors': [prior.entry(p) for p in priors]}
+
+
 def report(content: dict) -> str:
   """Both tables and the ledger, for a terminal."""
-  return '\n\n'.join([results.table(content, 'perplexity'),
-                      results.table(content, 'bits_per_byte'), results.ledger(content)])
+  parts = [results.table(content, 'perplexity'), results.table(content, 'bits_per_byte'),
+           results.priors(content), results.ledger(content)]
+  return '\n\n'.join(filter(None, parts))

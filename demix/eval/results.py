@@ -11,15 +11,15 @@ from demix.workdir import write_atomic
 VERSION = 1
 
 
-def row(run: str, mix: str, domain: str, split: str, score) -> dict:
-  """One row of results.json from a perplexity.Score; no prior and no posterior."""
-  return {'run': run, 'mix': mix, 'prior': None, 'posterior': None, 'domain': domain,
+def row(run: str, mix: str, domain: str, split: str, score, prior=None, posterior=None) -> dict:
+  """One row of results.json from a perplexity.Score."""
+  return {'run': run, 'mix': mix, 'prior': prior, 'posterior': posterior, 'domain': domain,
           'split': split, 'nll': score.mean_nll, 'perplexity': score.perplexity,
           'bits_per_byte': score.bits_per_byte, 'tokens': score.tokens, 'bytes': score.bytes}
 
 
-def results(runs: dict, rows: list, *, seed: int, heldout) -> dict:
-  """The whole of results.json."""
+def results(runs: dict, rows: list, *, seed: int, heldout, mixing: dict | None = None) -> dict:
+  """The whole of results.json; `mixing` ({run: options, priors, weights}) where runs were mixed."""
   import flax
   import grain
   import jax
@@ -30,7 +30,7 @@ def results(runs: dict, rows: list, *, seed: int, heldout) -> dict:
               'flax': flax.__version__, 'optax': optax.__version__,
               'grain': getattr(grain, '__version__', 'unknown')}
   return {'version': VERSION, 'runs': runs, 'rows': rows, 'seed': seed, 'heldout': list(heldout),
-          'versions': versions}
+          'versions': versions} | ({'mixing': mixing} if mixing else {})
 
 
 def write(path, content: dict):
@@ -41,46 +41,87 @@ def write(path, content: dict):
     raise BadInput(f'{path}: cannot be written ({e.strerror}); name another file') from None
 
 
-def table(content: dict, measure: str = 'perplexity') -> str:
-  """Domains × runs for one measure: then arithmetic and geometric means and the sign count.
+def column(row: dict) -> tuple[str, ...]:
+  """The head of the column that a row stands in: run, way of mixing, posterior; '' where none."""
+  prior, posterior = row.get('prior'), row.get('posterior')
+  way = 'given' if row['mix'].startswith('expert:') else ''
+  if prior:
+    way = {'none': 'average', 'dev': 'best'}.get(prior, prior)
+  return row['run'], way, posterior or ''
 
-  Means are over the domains that are not held out; the first run is what signs are counted
+
+def table(content: dict, measure: str = 'perplexity') -> str:
+  """Domains × runs (and ways of mixing) for one measure; then arithmetic and geometric means and
+  the sign count.
+
+  Means are over the domains that are not held out; the first column is what signs are counted
   against (a win is a lower value). A held-out domain stands below, outside the means.
   """
-  runs = list(content['runs'])
-  cell = {(r['domain'], r['run']): r for r in content['rows']}
-  domains = list(dict.fromkeys(r['domain'] for r in content['rows']))
-  seen = [d for d in domains if d not in content['heldout']]
-  heads = {run: run for run in runs}
-  lines = [[measure.replace('_', ' '), *heads.values()]]
+  rows, heldout = content['rows'], content['heldout']
+  columns = list(dict.fromkeys(map(column, rows)))
+  columns.sort(key=lambda c: list(content['runs']).index(c[0]))
+  cell = {(r['domain'], column(r)): r for r in rows}
+  domains = list(dict.fromkeys(r['domain'] for r in rows))
+  seen = [d for d in domains if d not in heldout]
+  mixed = any(r.get('prior') for r in rows)
+  heads = columns if mixed else [c[:1] for c in columns]
+  levels = 3 if mixed and any(c[2] for c in columns) else len(heads[0]) - mixed
+  notes = []
+  lines = [[measure.replace('_', ' ') if i == 0 else '', *(h[i] for h in heads)]
+           for i in range(levels)]
 
-  def values(run, names):
-    return [cell[d, run][measure] for d in names if (d, run) in cell]
+  def values(col, names):
+    return [cell[d, col][measure] for d in names if (d, col) in cell]
 
   def show(domain):
-    out = [domain + (' (held out)' if domain in content['heldout'] else '')]
-    for run in runs:
-      found = cell.get((domain, run))
-      given = found and found['mix'].partition(':')[2]  # expert:legal, token:legal
-      note = f' [{given}]' if given and given != domain else ''
-      out.append(f'{found[measure]:.3f}{note}' if found else '-')
+    out = [domain + (' (held out)' if domain in heldout else '')]
+    for col in columns:
+      found = cell.get((domain, col))
+      out.append(f'{found[measure]:.3f}{note(found)}' if found else '-')
     return out
 
+  def note(row):
+    given = row['mix'].partition(':')[2]  # expert:legal, token:legal
+    if not given or given == row['domain']:
+      return ''
+    if not mixed:
+      return f' [{given}]'
+    notes.append(f'{row["domain"]}: {" ".join(filter(None, column(row)))} is {given}')
+    return ''  # below the table: it has many columns
+
   lines += [show(d) for d in seen]
-  lines.append(['arithmetic mean'] + [f'{sum(v) / len(v):.3f}' if (v := values(r, seen)) else '-'
-                                      for r in runs])
+  lines.append(['arithmetic mean'] + [f'{sum(v) / len(v):.3f}' if (v := values(c, seen)) else '-'
+                                      for c in columns])
   lines.append(['geometric mean'] + [
-      f'{math.exp(sum(map(math.log, v)) / len(v)):.3f}' if (v := values(r, seen)) else '-'
-      for r in runs])
-  base, signs = runs[0], ['lower than ' + runs[0], '']
-  for run in runs[1:]:
-    pairs = [(cell[d, run][measure], cell[d, base][measure]) for d in seen
-             if (d, run) in cell and (d, base) in cell]
+      f'{math.exp(sum(map(math.log, v)) / len(v)):.3f}' if (v := values(c, seen)) else '-'
+      for c in columns])
+  base = columns[0]
+  signs = [f'lower than {" ".join(filter(None, base if mixed else base[:1]))}', '']
+  for col in columns[1:]:
+    pairs = [(cell[d, col][measure], cell[d, base][measure]) for d in seen
+             if (d, col) in cell and (d, base) in cell]
     signs.append(f'{sum(a < b for a, b in pairs)} of {len(pairs)}')
-  if len(runs) > 1:
+  if len(columns) > 1:
     lines.append(signs)
-  lines += [show(d) for d in domains if d in content['heldout']]
-  return layout(lines)
+  lines += [show(d) for d in domains if d in heldout]
+  return '\n'.join([layout(lines, levels), *notes])
+
+
+def priors(content: dict) -> str:
+  """The cached priors, by expert name: one line a domain and posterior; and what is not usual."""
+  out = []
+  for run, mixing in content.get('mixing', {}).items():
+    if mixing['unusual']:
+      out.append(f'{run} is mixed with ' + ', '.join(f'{k}={v}' for k, v in
+                                                     mixing['unusual'].items()))
+    if not mixing['priors']:
+      continue
+    names = list(mixing['priors'][0]['weights'])
+    lines = [[f'cached priors of {run}', 'posterior', *names]]
+    for p in mixing['priors']:
+      lines.append([p['domain'], p['posterior'], *(f'{p["weights"].get(n, 0):.3f}' for n in names)])
+    out.append(layout(lines))
+  return '\n\n'.join(out)
 
 
 def ledger(content: dict) -> str:
@@ -94,9 +135,9 @@ def ledger(content: dict) -> str:
   return layout(lines)
 
 
-def layout(lines: list[list[str]]) -> str:
-  """Columns aligned: the first to the left, the others to the right; a rule under the head."""
+def layout(lines: list[list[str]], heads: int = 1) -> str:
+  """Columns aligned: the first to the left, the others to the right; a rule under the heads."""
   widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
   text = ['  '.join(c.ljust(w) if i == 0 else c.rjust(w)
                     for i, (c, w) in enumerate(zip(line, widths))).rstrip() for line in lines]
-  return '\n'.join([text[0], '-' * (sum(widths) + 2 * len(widths) - 2), *text[1:]])
+  return '\n'.join([*text[:heads], '-' * (sum(widths) + 2 * len(widths) - 2), *text[heads:]])

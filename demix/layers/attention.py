@@ -54,7 +54,7 @@ def attend(q_BGMK, k_BGLK, v_BGLK, bias):
 def _attend(q, k, v, bias):
   scores = jax.lax.batch_matmul(q, k.mT).astype(jnp.float32)
   B, G, M, L = scores.shape
-  if M == L:
+  if M == bias.shape[-2]:
     scores = scores + bias
   else:
     bias = bias[:, None] if bias.ndim == 4 else bias
@@ -98,8 +98,12 @@ class Attention(nnx.Module):
     if c.qk_norm:
       self.q_norm, self.k_norm = RMSNorm(c.head_width), RMSNorm(c.head_width)
 
-  def __call__(self, x_BLD, positions_BL, bias):
-    """x [B, L, D], positions int [B or 1, L], bias from `mask_bias` → [B, L, D]."""
+  def __call__(self, x_BLD, positions_BL, bias, remember=None):
+    """x [B, L, D], positions int [B or 1, L], bias from `mask_bias` → [B, L, D].
+
+    `remember`, for generation, takes the keys and values of x, [B, kv_heads, L, K], and returns
+    those to attend to, [B, kv_heads, C, K]; bias is then [L, C].
+    """
     c = self.config
     B, L, D = x_BLD.shape
     kv_heads, K = c.kv_heads or c.heads, c.head_width
@@ -112,6 +116,9 @@ class Attention(nnx.Module):
       k = rotate(k, positions_BL, c.rope_theta, c.rope_scale)
     with jax.named_scope('attend'):
       q = q.reshape(B, kv_heads, c.heads // kv_heads * L, K) * K ** -0.5
+      if remember:
+        k, v = remember(k, v)
+        bias = jnp.tile(bias, (c.heads // kv_heads, 1))
       y = attend(q, k, v, bias).reshape(B, c.heads, L, K)
     return self._linear(y.transpose(0, 2, 1, 3).reshape(B * L, -1), 'out').reshape(B, L, D)
 

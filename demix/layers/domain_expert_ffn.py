@@ -1,11 +1,12 @@
 """The DEMix layer (Gururangan et al. 2021, §3): a feed-forward layer for each domain.
 
-Three ways through it, one contract (tokens in, route in, tokens out):
+Four ways through it, one contract (tokens in, route in, tokens out):
 
 1. balanced: rows are expert-major, equally many per expert: a matmul batched over E. No gather, no
    all-to-all; the way training goes.
 2. `domain_B`: any rows: the row's expert is gathered. Evaluation and unbalanced batches.
-3. `weights_BE` or `weights_BLE`: the weighted sum of all experts' outputs.
+3. one `domain` for all rows: its FFN alone, as a dense LM's. Members of a mixture.
+4. `weights_BE` or `weights_BLE`: the weighted sum of all experts' outputs.
 
 All experts start identical, as in the released code (the same seed on every rank).
 """
@@ -39,7 +40,7 @@ class DomainExpertFFN(nnx.Module):
     self.activation, self.num_experts = config.activation, len(config.experts)
 
   def __call__(self, x_BLD, route, balanced: bool = False):
-    """x [B, L, D], route int [B], float [B, E] or float [B, L, E] → [B, L, D].
+    """x [B, L, D], route int [] or [B], float [B, E] or float [B, L, E] → [B, L, D].
 
     `balanced` promises that `route` is 0…0 1…1 … E-1…E-1 with B / E rows each; it is not read then.
     """
@@ -48,6 +49,9 @@ class DomainExpertFFN(nnx.Module):
     if balanced:
       x_ESD = x_BLD.reshape(self.num_experts, B // self.num_experts * L, D)
       return feed_forward.forward(leaves, x_ESD, self.activation).reshape(B, L, D)
+    if route.ndim == 0:
+      own = {n: leaf[route] for n, leaf in leaves.items()}
+      return feed_forward.forward(own, x_BLD.reshape(B * L, D), self.activation).reshape(B, L, D)
     if route.ndim == 1:
       own = {n: leaf[route] for n, leaf in leaves.items()}
       return feed_forward.forward(own, x_BLD, self.activation)

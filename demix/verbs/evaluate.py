@@ -6,11 +6,14 @@ from pathlib import Path
 from demix.errors import BadInput
 from demix.verbs.flags import Verb
 
+WAYS = ('given', 'best', 'average', 'uniform', 'updating', 'cached')
+
 SUMMARY = 'perplexity and bits per byte per domain, for one or more models'
 
 
 def run(argv: list[str]) -> int:
   """Parses flags, evaluates every model on every domain, prints the table, writes JSON."""
+  from demix.mix.mixture import MixConfig
   verb = Verb('evaluate', SUMMARY)
   verb.strings('model', 'model reference W, W@STEP or W#EXPERT, with an optional NAME= before it')
   verb.string('data', '', "token store; the first model's own by default")
@@ -21,8 +24,16 @@ def run(argv: list[str]) -> int:
   verb.integer('batch_size', 32, 'windows per forward pass')
   verb.string('force', '', "the expert or <domain> symbol given on domains that were not trained "
               "on; by default the one that is best on the domain's valid text")
+  verb.config(MixConfig, 'WAYS', 'mix', 'mix the experts of DEMix LMs: all, or a comma-separated '
+              f'list of {", ".join(WAYS)}, or a config file, configs/mix.py:ARG')
+  verb.string('posterior', 'prefix,last_token', 'evidence of the ways that look at the text')
+  verb.string('prior', '', 'FILE[:DOMAIN] of stored priors: cached priors are taken from there and '
+              'not estimated; with :DOMAIN its prior is used on every domain')
+  verb.string('save_priors', '', 'write the cached priors that are estimated here')
+  verb.string('dump', '', 'write log-likelihoods, weights and prior of the first way that mixes '
+              'here (.npz)')
   verb.string('out', '', 'also write results.json here')
-  given, _ = verb.parse(argv)
+  given, mix = verb.parse(argv)
   if not given.model:
     raise BadInput('--model is missing: name one or more, for example --model=dense=W')
 
@@ -35,16 +46,42 @@ def run(argv: list[str]) -> int:
       raise BadInput(f'two models are named {name!r}: write --model=OTHER={ref}')
     reference.parse(ref)
     models[name] = ref
-  out = Path(given.out) if given.out else None
-  if out and (out.is_dir() or not out.absolute().parent.is_dir()):
-    raise BadInput(f'--out={out}: not a file in a folder that exists; make the folder first')
-  from demix.eval import protocol, results
+  for flag in ('out', 'dump', 'save_priors'):
+    file = Path(getattr(given, flag)) if getattr(given, flag) else None
+    if file and (file.is_dir() or not file.absolute().parent.is_dir()):
+      raise BadInput(f'--{flag}={file}: not a file in a folder that exists; make the folder first')
+  mixes = [w.strip() for w in given.mix_words.split(',') if w.strip()]
+  if mix != MixConfig() and not mixes:
+    raise BadInput('--mix.KEY=VALUE without --mix: say which ways of mixing, --mix=all')
+  posteriors = [w.strip() for w in given.posterior.split(',') if w.strip()]
+  for flag in ('dump', 'prior', 'save_priors'):
+    if getattr(given, flag) and not mixes:
+      raise BadInput(f'--{flag} needs --mix: without it the experts are not mixed')
+  from demix.eval import mixing, protocol, results
+  from demix.mix import prior
+  if mixes == ['file']:
+    mix.check()
+    modes = (mixing.Mode('mix', mix),)
+  else:
+    modes = mixing.modes(mixing.NAMES if mixes == ['all'] else mixes, posteriors, mix)
+  stored, estimated = {}, []
+  if given.prior:
+    file, _, domain = given.prior.partition(':')
+    stored = {('' if domain else p.domain, p.posterior): p for p in prior.load(file)
+              if domain in ('', p.domain)}
+    if not stored:
+      prior.find(file, domain)
   domains = tuple(dict.fromkeys(d.strip() for d in given.domains.split(',') if d.strip()))
   content = protocol.evaluate(
       models, data=given.data, domains=domains, split=given.split, stride=given.stride,
-      limit=given.limit, batch_size=given.batch_size, force=given.force)
+      limit=given.limit, batch_size=given.batch_size, force=given.force, modes=modes,
+      stored=stored, dump=given.dump, estimated=estimated)
   print(protocol.report(content))
-  if out:
-    results.write(out, content)
-    print(f'\nresults     {out}')
+  if given.save_priors:
+    prior.save(given.save_priors, estimated)
+  if given.out:
+    results.write(given.out, content)
+  files = [f'{what:<11} {file}' for what, file in (
+      ('results', given.out), ('priors', given.save_priors), ('dump', given.dump)) if file]
+  print(''.join(f'\n{line}' for line in files))
   return 0

@@ -20,7 +20,7 @@ class Verb:
 
   def __init__(self, name: str, summary: str):
     self.name, self.summary = name, summary
-    self.flags, self._help, self._config = flags.FlagValues(), [], None
+    self.flags, self._help, self._configs = flags.FlagValues(), [], {}
     flags.DEFINE_bool('help', False, 'show this help', short_name='h', flag_values=self.flags)
 
   def string(self, name: str, default: str, help: str):
@@ -39,11 +39,18 @@ class Verb:
     flags.DEFINE_bool(name, False, help, flag_values=self.flags)
     self._help.append((f'--{name}', help))
 
-  def config(self, cls, example: str):
-    """Adds --config=FILE[:ARG] and --config.path.to.key=value for the dataclass `cls`."""
-    self._config = cls
-    self._help.append((f'--config={example}', 'a config file with get_config(arg); optional'))
-    self._help.append(('--config.KEY=VALUE', 'override a key (dotted path); keys are below'))
+  def config(self, cls, example: str, name: str = 'config', text: str = ''):
+    """Adds --NAME=FILE[:ARG] and --NAME.path.to.key=value for the dataclass `cls`.
+
+    With `text`, its help, --NAME also takes words that are no file; the flag `NAME_words` has them:
+    'all' for --NAME alone, 'file' for a config file.
+    """
+    self._configs[name] = cls
+    if text:
+      flags.DEFINE_string(f'{name}_words', '', '', flag_values=self.flags)
+    self._help.append((f'--{name}={example}',
+                       text or 'a config file with get_config(arg); optional'))
+    self._help.append((f'--{name}.KEY=VALUE', 'override a key (dotted path); keys are below'))
 
   def parse(self, argv: list[str]):
     """Returns (flags, config): `config` is an instance of the class given to `config` or None.
@@ -56,8 +63,8 @@ class Verb:
       raise Help(self.help_text())
     argv = [self.name, *argv]
     try:
-      if self._config:
-        argv = self._define_config(argv)
+      for name, cls in self._configs.items():
+        argv = self._define_config(argv, name, cls)
       rest = self.flags(argv)[1:]
     except flags.Error as e:
       raise BadInput(str(e).replace('\n', ' ')) from None
@@ -69,35 +76,42 @@ class Verb:
       raise BadInput(f'unexpected argument {rest[0]!r}: {self.name} takes flags only '
                      f'(python -m demix {self.name} --help)')
     config = None
-    if self._config:
-      config = settings.from_dict(self._config, self.flags.config.to_dict())
+    for name, cls in self._configs.items():
+      config = settings.from_dict(cls, getattr(self.flags, name).to_dict(), name)
     return self.flags, config
 
-  def _define_config(self, argv) -> list[str]:
-    """Declares the config and its overrides; returns argv without --config=FILE."""
-    file, rest, words = None, [], iter(argv)
-    for word in words:
-      if word in ('--config', '-config'):
-        file = next(words, '')
-      elif word.startswith(('--config=', '-config=')):
-        file = word.partition('=')[2]
-      else:
-        if found := re.match(r'--?config\.([^=]*)', word):
-          settings.check_path(self._config, found[1])
+  def _define_config(self, argv, name, cls) -> list[str]:
+    """Declares a config and its overrides; returns argv without --NAME=FILE."""
+    file, rest, words = None, [], list(argv)
+    takes_words = f'{name}_words' in self.flags
+    while words:
+      word = words.pop(0)
+      flag, equals, value = word.partition('=')
+      if flag not in (f'--{name}', f'-{name}'):
+        if found := re.match(rf'--?{name}\.([^=]*)', word):
+          settings.check_path(cls, found[1], name)
         rest.append(word)
-    config = load_config(file) if file is not None else ConfigDict(
-        settings.to_dict(self._config()))
+        continue
+      if not equals:
+        value = words.pop(0) if words and not words[0].startswith('-') else ''
+      known = not takes_words or '.py' in value
+      if known:
+        file = value
+      if takes_words:
+        rest.append(f'--{name}_words={"file" if known else value or "all"}')
+    config = load_config(file) if file is not None else ConfigDict(settings.to_dict(cls()))
     # New attributes are let through here and refused in settings.from_dict, which lets a dict of
     # domains take any key.
-    config_flags.DEFINE_config_dict('config', config, flag_values=self.flags, sys_argv=rest,
+    config_flags.DEFINE_config_dict(name, config, flag_values=self.flags, sys_argv=rest,
                                     lock_config=False, accept_new_attributes=True)
     return rest
 
   def help_text(self) -> str:
     lines = [f'python -m demix {self.name}: {self.summary}', '']
     lines += [f'  {flag}\n      {text}' for flag, text in self._help]
-    if self._config:
-      lines += ['', 'Config keys and their defaults:', *settings.describe(self._config)]
+    for name, cls in self._configs.items():
+      lines += ['', f'Keys of --{name} and their defaults:',
+                *settings.describe(cls, f'--{name}.')]
     return '\n'.join(lines)
 
 

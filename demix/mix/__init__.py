@@ -1,0 +1,1 @@
+"""Mixtures: members + evidence + gate + combine (docs/method.md). Nothing here reads data."""

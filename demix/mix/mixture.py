@@ -1,0 +1,238 @@
+"""The Mixture: members + evidence + gate + combine, scored and written with.
+
+Whatever its members are (experts of one DEMix LM, a single LM, whole LMs of a forest), what uses a
+Mixture sees log-probabilities per token and the weights that made them.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from demix.errors import BadInput
+from demix.mix import combine, evidence, gate, prior
+from demix.settings import nearest, option
+
+PRIORS = ('none', 'uniform', 'updating', 'cached', 'fixed')
+
+
+@dataclasses.dataclass(frozen=True)
+class MixConfig:
+  """How members are mixed."""
+  prior: str = option('uniform', 'none (simple average, whatever the text), uniform, updating '
+                      '(moves with the blocks read), cached (estimated on dev text) or fixed')
+  posterior: str = option('prefix', 'evidence: prefix (the papers), last_token (as released) or '
+                          'none (the prior is the weights)')
+  members: tuple = option((), 'experts that take part; (): all')
+  weights: dict = option({}, 'prior=fixed: weight of each expert, --mix.weights.NAME=0.5')
+  window: int = option(0, 'prefix: evidence of the last so many tokens only; 0: all')
+  decay: float = option(1.0, 'prefix: older evidence fades by this factor a token')
+  temperature: float = option(1.0, 'gate: log prior + evidence are divided by it')
+  experts_k: int = option(0, 'experts that are run: the largest of a fixed or cached prior, or, in '
+                          'generation, of the posterior after the prompt; 0: all')
+  weights_k: int = option(0, 'gate: experts with a weight at each token (saves no time); 0: all')
+  order: str = option('topk_softmax', 'gate: topk_softmax or softmax_topk')
+  renormalise: bool = option(True, 'gate: weights that are kept sum to 1')
+  combine: str = option('probabilities', 'probabilities (the papers), logits or pick')
+  alpha: float = option(0.3, 'updating, cached: weight of a new value in the moving mean')
+  blocks: int = option(200, 'cached: full blocks of dev text that are read, in file order')
+  blocks_per_update: int = option(2, 'updating, cached: blocks read between two updates')
+
+  def check(self):
+    """Raises BadInput for values that cannot be."""
+    choices = {'prior': PRIORS, 'posterior': evidence.POSTERIORS, 'order': gate.ORDERS,
+               'combine': combine.KINDS}
+    for name, known in choices.items():
+      value = getattr(self, name)
+      if value not in known:
+        raise BadInput(f'mix.{name}={value!r}: no such choice{nearest(str(value), known)}')
+    for name, low in (('window', 0), ('experts_k', 0), ('weights_k', 0), ('blocks', 1),
+                      ('blocks_per_update', 1)):
+      if getattr(self, name) < low:
+        raise BadInput(f'mix.{name}={getattr(self, name)} is below {low}')
+    if not 0 < self.decay <= 1 or not 0 < self.alpha <= 1:
+      raise BadInput(f'mix.decay={self.decay}, mix.alpha={self.alpha}: above 0 and at most 1')
+    if not self.temperature > 0:
+      raise BadInput(f'mix.temperature={self.temperature} is not above 0: pick the best member '
+                     'with mix.combine=pick')
+    if self.posterior == 'last_token' and (self.window or self.decay != 1):
+      raise BadInput(f'mix.posterior=last_token with window={self.window}, decay={self.decay}: '
+                     'these are options of prefix')
+    if self.prior in ('updating', 'cached') and self.posterior == 'none':
+      raise BadInput(f'mix.prior={self.prior} with mix.posterior=none: without evidence no prior '
+                     'moves; choose prefix or last_token')
+    if bool(self.weights) != (self.prior == 'fixed'):
+      raise BadInput(f'mix.prior={self.prior} with {len(self.weights)} mix.weights: prior=fixed '
+                     'needs them, no other prior reads them')
+
+  @property
+  def fixed(self) -> bool:
+    """The prior is known before any text is read, and not uniform: it can choose experts."""
+    return self.prior in ('fixed', 'cached')
+
+
+def log_weights(config: MixConfig, loglik_EBL, log_prior_EB, segments_BL=None):
+  """Weights of members for each token, from what precedes it: log [E, B, L].
+
+  p(D = e | x_<t) ∝ p(x_<t | e) p(e) (DEMix §5, BTM §2.2). With last_token the evidence is the one
+  token before, and the first token of a block gets uniform weights whatever the prior, as in the
+  released code.
+  """
+  if config.prior == 'none':
+    return jnp.full(loglik_EBL.shape, -np.log(loglik_EBL.shape[0]), jnp.float32)
+  scores = jnp.broadcast_to(log_prior_EB[:, :, None], loglik_EBL.shape)
+  if config.posterior == 'prefix':
+    scores = scores + evidence.preceding(loglik_EBL, decay=config.decay, window=config.window,
+                                         segments_BL=segments_BL)
+  elif config.posterior == 'last_token':
+    first = evidence.starts(loglik_EBL.shape[1:], segments_BL)
+    scores = jnp.where(first, 0.0, scores + evidence.preceding(
+        loglik_EBL, window=1, segments_BL=segments_BL))
+  return gated(config, scores)
+
+
+def next_log_weights(config: MixConfig, loglik_KC, log_prior_K, length):
+  """`log_weights` for the token after the first `length` of one text, [K], in time C."""
+  K = loglik_KC.shape[0]
+  if config.prior == 'none':
+    return jnp.full(K, -np.log(K), jnp.float32)
+  scores = log_prior_K
+  if config.posterior == 'prefix':
+    scores = scores + evidence.following(loglik_KC, length, decay=config.decay,
+                                         window=config.window)
+  elif config.posterior == 'last_token':
+    scores = jnp.where(length == 0, 0.0, scores + evidence.following(loglik_KC, length, window=1))
+  return gated(config, scores)
+
+
+def gated(config: MixConfig, scores):
+  """The gate of a config over the first axis."""
+  return gate.log_weights(scores, temperature=config.temperature, top_k=config.weights_k,
+                          order=config.order, renormalise=config.renormalise)
+
+
+def moving_prior(config: MixConfig, loglik_EBL, full_B, state):
+  """Priors of blocks that are read in order; see prior.moving. Evidence is what precedes the last
+  position of a block."""
+  last = dict(decay=config.decay, window=config.window) if config.posterior == 'prefix' else dict(
+      window=1)
+  last_EB = evidence.preceding(loglik_EBL, **last)[..., -1]
+  return prior.moving(functools.partial(gated, config), last_EB, full_B, state,
+                      alpha=config.alpha, group=config.blocks_per_update)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+  """What `Mixture.score` returns: natural logarithms, float32.
+
+  Attributes:
+    logp_BL: of each target. log_weights_KBL, loglik_KBL: of the members that ran.
+  """
+  logp_BL: jax.Array
+  log_weights_KBL: jax.Array
+  loglik_KBL: jax.Array
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def scored(members, config: MixConfig, params, routes_K, batch, log_prior_KB):
+  """The program behind `Mixture.score`."""
+  segments, positions = batch.get('segments_BL'), batch.get('positions_BL')
+  targets = batch['targets_BL']
+  mixes_logits = config.combine == 'logits'
+  def what(hidden):
+    nll = members.nll(params, hidden, targets)
+    return (nll, hidden) if mixes_logits else (nll, None)
+  nll_KBL, hidden_KBLD = members.each(params, batch['tokens_BL'], routes_K, what,
+                                      segments_BL=segments, positions_BL=positions)
+  weights = log_weights(config, -nll_KBL, log_prior_KB, segments)
+  if mixes_logits:
+    logp = mixed_logits(members, params, hidden_KBLD, weights, targets)
+  else:
+    logp = getattr(combine, config.combine)(weights, -nll_KBL)
+  return Scored(logp, weights, -nll_KBL)
+
+
+def mixed_logits(members, params, hidden_KBLD, log_weights_KBL, targets_BL):
+  """log p of targets when logits are mixed, [B, L]; row by row, so that [K, B, L, V] is never
+  stored."""
+  def row(parts):
+    hidden_KLD, weights_KL, targets_L = parts
+    logp_LV = combine.logits(weights_KL, members.logits(params, hidden_KLD))
+    return jnp.take_along_axis(logp_LV, targets_L[:, None], 1)[:, 0]
+  return jax.lax.map(row, (jnp.moveaxis(hidden_KBLD, 1, 0), jnp.moveaxis(log_weights_KBL, 1, 0),
+                           targets_BL))
+
+
+jax.tree_util.register_dataclass(Scored, ['logp_BL', 'log_weights_KBL', 'loglik_KBL'], [])
+
+
+class Mixture:
+  """Members with a prior.
+
+  Args:
+    members: mix.members.ExpertMembers, or what has its methods.
+    params: their parameters.
+    config: a MixConfig.
+    log_prior_E: over all members of `members`; None for priors that need none. `config.members`
+      and, with a fixed prior, `config.experts_k` choose among them, and only those are run.
+
+  Attributes:
+    names: of the members that run, in order. log_prior_K: theirs, summing to 1.
+
+  Raises:
+    BadInput: an unknown expert, a k above their number, a prior that is missing.
+  """
+
+  def __init__(self, members, params, config: MixConfig = MixConfig(), log_prior_E=None):
+    config.check()
+    self.members, self.params, self.config = members, params, config
+    names = members.names
+    for name in config.members:
+      if name not in names:
+        raise BadInput(f'mix.members: no expert {name!r}{nearest(name, names)}')
+    routes = [i for i, name in enumerate(names) if not config.members or name in config.members]
+    for key in ('experts_k', 'weights_k'):
+      if getattr(config, key) > len(routes):
+        raise BadInput(f'mix.{key}={getattr(config, key)} for {len(routes)} experts '
+                       f'({", ".join(names[i] for i in routes)}): at most that many')
+    if config.prior == 'fixed':
+      log_prior_E = prior.from_weights(config.weights, names)
+    elif config.prior == 'cached' and log_prior_E is None:
+      raise BadInput('mix.prior=cached without a prior: estimate one on dev text (evaluate '
+                     '--mix=cached --priors=FILE) and name it')
+    elif log_prior_E is None:
+      log_prior_E = prior.uniform(len(names))
+    log_prior_E = np.asarray(log_prior_E, np.float32)
+    if config.fixed and config.experts_k:
+      best = sorted(routes, key=lambda i: -log_prior_E[i])[:config.experts_k]
+      routes = sorted(best)
+    self.routes_K = np.asarray(routes, np.int32)
+    self.names = tuple(names[i] for i in routes)
+    chosen = log_prior_E[self.routes_K].astype(np.float64)
+    if not np.isfinite(chosen.max()):
+      raise BadInput(f'the prior gives no weight to any of {", ".join(self.names)}: name members '
+                     'that it knows')
+    self.log_prior_K = (chosen - np.logaddexp.reduce(chosen)).astype(np.float32)
+
+  def score(self, batch: dict, log_prior_KB=None) -> Scored:
+    """Scores the targets of a batch.
+
+    Args:
+      batch: tokens_BL, targets_BL and, where rows hold several documents, segments_BL and
+        positions_BL.
+      log_prior_KB: another prior for each row.
+    """
+    rows = batch['tokens_BL'].shape[0]
+    if log_prior_KB is None:
+      log_prior_KB = np.repeat(self.log_prior_K[:, None], rows, 1)
+    used = {n: batch[n] for n in ('tokens_BL', 'targets_BL', 'segments_BL', 'positions_BL')
+            if n in batch}
+    return scored(self.members, self.static, self.params, self.routes_K, used, log_prior_KB)
+
+  @functools.cached_property
+  def static(self) -> MixConfig:
+    """The config without what is in arrays: hashable, the same program for every prior."""
+    return dataclasses.replace(self.config, members=(), weights={},
+                               prior='none' if self.config.prior == 'none' else 'uniform')
