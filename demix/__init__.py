@@ -1,3 +1,15 @@
-"""demix: language models made of domain experts, in JAX and Flax."""
+"""demix: language models made of domain experts, in JAX and Flax.
+
+  import demix
+  lm = demix.load('W', mix='uniform')
+  lm.score('some text').perplexity; lm.weights('some text'); lm.generate('Once').text
+"""
 
 __version__ = '0.1.0'
+__all__ = ['load']
+
+
+def load(model: str, mix=None, **options):
+  """A language model to score, write and look at; see demix.language_model.load."""
+  from demix import language_model  # not before it is needed: JAX takes seconds to import
+  return language_model.load(model, mix, **options)

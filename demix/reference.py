@@ -26,6 +26,7 @@ class Loaded:
   Attributes:
     model: params.Model. params: its running tree. config: the whole Config it was trained with.
     meta: the checkpoint's meta.json. step: which checkpoint. expert: the one taken out, or None.
+    workdir: where it lies.
   """
   model: object
   params: dict
@@ -33,6 +34,23 @@ class Loaded:
   meta: dict
   step: int
   expert: str | None
+  workdir: Path
+
+  def tokenizer(self, data: str = ''):
+    """The tokenizer that the model was trained with: the workdir's copy, or that of a token store.
+
+    Raises:
+      BadInput: it is not there, or another.
+    """
+    from demix.data.tokenizer import Tokenizer, read_meta
+    folder = Path(data) / 'tokenizer' if data else self.workdir / 'data' / 'tokenizer'
+    if not folder.is_dir() and not data:  # runs before there was a copy
+      folder = Path(self.config.data.path) / 'tokenizer'
+    had, has = self.meta['tokenizer'], read_meta(folder)[0]['fingerprint']
+    if had != has:
+      raise BadInput(f'{folder}: tokenizer {has}, but {self.workdir} was trained with {had}: name '
+                     'its token store with --data')
+    return Tokenizer.load(folder)
 
   @property
   def domains(self) -> tuple:
@@ -107,4 +125,4 @@ def load(text: str) -> Loaded:
     if config.model.ffn != 'demix':
       raise BadInput(f'model {text!r}: a dense LM has no experts; leave out #{ref.expert}')
     model, params = expert_slice(model, params, ref.expert)
-  return Loaded(model, params, config, meta, step, ref.expert)
+  return Loaded(model, params, config, meta, step, ref.expert, ref.workdir)

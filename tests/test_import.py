@@ -22,7 +22,9 @@ LEVELS = (
     'config',
     'reference',
     'eval',
-    'train',
+    'train sampling',
+    'generate',
+    'language_model',
     'verbs sweep',
     '__main__',
 )

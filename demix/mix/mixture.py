@@ -136,7 +136,7 @@ class Scored:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def scored(members, config: MixConfig, params, routes_K, batch, log_prior_KB):
+def scored(members, config: MixConfig, params, routes_K, batch, log_prior_KB, full_B):
   """The program behind `Mixture.score`."""
   segments, positions = batch.get('segments_BL'), batch.get('positions_BL')
   targets = batch['targets_BL']
@@ -146,6 +146,8 @@ def scored(members, config: MixConfig, params, routes_K, batch, log_prior_KB):
     return (nll, hidden) if mixes_logits else (nll, None)
   nll_KBL, hidden_KBLD = members.each(params, batch['tokens_BL'], routes_K, what,
                                       segments_BL=segments, positions_BL=positions)
+  if config.prior == 'updating':
+    log_prior_KB, _ = moving_prior(config, -nll_KBL, full_B, (log_prior_KB[:, 0], jnp.int32(0)))
   weights = log_weights(config, -nll_KBL, log_prior_KB, segments)
   if mixes_logits:
     logp = mixed_logits(members, params, hidden_KBLD, weights, targets)
@@ -201,7 +203,7 @@ class Mixture:
       log_prior_E = prior.from_weights(config.weights, names)
     elif config.prior == 'cached' and log_prior_E is None:
       raise BadInput('mix.prior=cached without a prior: estimate one on dev text (evaluate '
-                     '--mix=cached --priors=FILE) and name it')
+                     '--mix=cached --save_priors=FILE), name it as --prior=FILE:DOMAIN')
     elif log_prior_E is None:
       log_prior_E = prior.uniform(len(names))
     log_prior_E = np.asarray(log_prior_E, np.float32)
@@ -216,23 +218,31 @@ class Mixture:
                      'that it knows')
     self.log_prior_K = (chosen - np.logaddexp.reduce(chosen)).astype(np.float32)
 
-  def score(self, batch: dict, log_prior_KB=None) -> Scored:
-    """Scores the targets of a batch.
+  def score(self, batch: dict, log_prior_KB=None, full_B=None) -> Scored:
+    """Scores the targets of a batch. With an updating prior its rows are blocks in order.
 
     Args:
       batch: tokens_BL, targets_BL and, where rows hold several documents, segments_BL and
         positions_BL.
       log_prior_KB: another prior for each row.
+      full_B: rows that move an updating prior; None: all.
+
+    Raises:
+      BadInput: an updating prior, and rows that are not a multiple of mix.blocks_per_update.
     """
-    rows = batch['tokens_BL'].shape[0]
+    rows, group = batch['tokens_BL'].shape[0], self.config.blocks_per_update
+    if self.config.prior == 'updating' and rows % group:
+      raise BadInput(f'{rows} blocks are not a multiple of mix.blocks_per_update={group}: add '
+                     'empty ones, not full')
     if log_prior_KB is None:
       log_prior_KB = np.repeat(self.log_prior_K[:, None], rows, 1)
     used = {n: batch[n] for n in ('tokens_BL', 'targets_BL', 'segments_BL', 'positions_BL')
             if n in batch}
-    return scored(self.members, self.static, self.params, self.routes_K, used, log_prior_KB)
+    full_B = np.ones(rows, bool) if full_B is None else full_B
+    return scored(self.members, self.static, self.params, self.routes_K, used, log_prior_KB, full_B)
 
   @functools.cached_property
   def static(self) -> MixConfig:
     """The config without what is in arrays: hashable, the same program for every prior."""
-    return dataclasses.replace(self.config, members=(), weights={},
-                               prior='none' if self.config.prior == 'none' else 'uniform')
+    kind = self.config.prior if self.config.prior in ('none', 'updating') else 'uniform'
+    return dataclasses.replace(self.config, members=(), weights={}, prior=kind)

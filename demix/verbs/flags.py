@@ -35,6 +35,10 @@ class Verb:
     flags.DEFINE_integer(name, default, help, flag_values=self.flags)
     self._help.append((f'--{name}={default}', help))
 
+  def number(self, name: str, default: float, help: str):
+    flags.DEFINE_float(name, default, help, flag_values=self.flags)
+    self._help.append((f'--{name}={default}', help))
+
   def boolean(self, name: str, help: str):
     flags.DEFINE_bool(name, False, help, flag_values=self.flags)
     self._help.append((f'--{name}', help))

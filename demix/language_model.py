@@ -1,0 +1,279 @@
+"""A Mixture with its tokenizer: what `demix.load` returns, and what people call from Python."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from demix import reference, settings
+from demix.config import domain_symbols
+from demix.data.packing import empty_row
+from demix.errors import BadInput
+from demix.generate import Writer
+from demix.mix import prior as priors
+from demix.mix.mixture import MixConfig, Mixture
+from demix.sampling import SamplingConfig
+
+_ROWS = 16  # blocks per forward pass
+
+
+@dataclasses.dataclass(frozen=True)
+class TextScore:
+  """A scored text of n tokens.
+
+  Attributes:
+    ids: int32 [n]. logp: float32 [n], natural log of each token's probability.
+    weights: float32 [experts, n], the weights each token was scored with. experts: their names.
+    bytes: of the text.
+  """
+  ids: np.ndarray
+  logp: np.ndarray
+  weights: np.ndarray
+  experts: tuple
+  bytes: int
+
+  @property
+  def nll(self) -> float:
+    """Nats per token."""
+    return -float(self.logp.mean(dtype=np.float64))
+
+  @property
+  def perplexity(self) -> float:
+    """exp(nats per token)."""
+    return math.exp(self.nll)
+
+  @property
+  def bits_per_byte(self) -> float:
+    """Bits per byte of text."""
+    return -float(self.logp.sum(dtype=np.float64)) / math.log(2) / max(1, self.bytes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+  """A written text.
+
+  Attributes:
+    prompt, text: what was given, what was written. ids: of the written tokens.
+    ended: why: 'max_tokens', 'end of document', 'stop' or 'context'.
+    logp: nats, of the written tokens under the mixture.
+    after_prompt: {expert: weight} of all that read the prompt. weights: the mean over the written
+      tokens, of those that wrote.
+  """
+  prompt: str
+  text: str
+  ids: list
+  ended: str
+  logp: float
+  after_prompt: dict
+  weights: dict
+
+  def __str__(self):
+    return self.prompt + self.text
+
+
+class LanguageModel:
+  """A language model: one LM, one expert, or a mixture of experts.
+
+  Args:
+    mixture: a Mixture. tokenizer: a data.tokenizer.Tokenizer.
+    start: ids that begin every text: end-of-document, behind a <domain> symbol where there is one.
+  """
+
+  def __init__(self, mixture: Mixture, tokenizer, start=()):
+    self.mixture, self.tokenizer = mixture, tokenizer
+    self.start = tuple(start) or (tokenizer.eod_id,)
+
+  @property
+  def experts(self) -> tuple:
+    """Names of the members that are run."""
+    return self.mixture.names
+
+  def __repr__(self):
+    return f'LanguageModel({", ".join(self.experts)}; {self.mixture.config.prior} prior)'
+
+  def ids(self, text) -> np.ndarray:
+    """int32 ids of a text (str), or the ids that are given, checked."""
+    if isinstance(text, str):
+      return np.asarray(self.tokenizer.encode([text])[0], np.int32)
+    ids = np.asarray(text)
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+      raise BadInput(f'tokens of shape {ids.shape} and type {ids.dtype}: a text is a str or a '
+                     'sequence of ids')
+    if len(ids) and not 0 <= ids.min() <= ids.max() < self.tokenizer.vocab_size:
+      raise BadInput(f'ids {ids.min()} to {ids.max()}: the tokenizer has 0 to '
+                     f'{self.tokenizer.vocab_size - 1}')
+    return ids.astype(np.int32)
+
+  def score(self, texts):
+    """Scores every token of a text, or of each of a list of texts.
+
+    A text longer than the context is cut into blocks; the evidence restarts with each, and an
+    updating prior moves from block to block of one text.
+
+    Args:
+      texts: a str, an array of ids, or a list of those.
+
+    Returns:
+      a TextScore, or a list of them.
+
+    Raises:
+      BadInput: an empty text, or ids that the tokenizer does not have.
+    """
+    single = isinstance(texts, (str, np.ndarray)) or (
+        len(texts) > 0 and isinstance(texts[0], (int, np.integer)))
+    many = [self.ids(t) for t in ([texts] if single else texts)]
+    for i, ids in enumerate(many):
+      if not len(ids):
+        raise BadInput(f'text {i} is empty: nothing to score')
+    body = self.mixture.members.context - len(self.start) + 1
+    rows, owner = [], []
+    for i, ids in enumerate(many):
+      for at in range(0, len(ids), body):
+        rows.append(self._row(ids, at, body))
+        owner.append(i)
+    logp, weights = [], []
+    moving = self.mixture.config.prior == 'updating'
+    if moving:  # from block to block of one text: a text is one batch
+      batches = [[r for r, o in zip(rows, owner) if o == i] for i in range(len(many))]
+    else:
+      batches = [rows[at:at + _ROWS] for at in range(0, len(rows), _ROWS)]
+    for batch in batches:
+      unit = math.lcm(_ROWS, self.mixture.config.blocks_per_update)
+      out = self._scored(batch, -(-len(batch) // unit) * unit)
+      for row, (lp, w) in zip(batch, out):
+        kept = row['weights'] > 0
+        logp.append(lp[kept])
+        weights.append(w[:, kept])
+    scores = []
+    for i, ids in enumerate(many):
+      mine = [j for j, o in enumerate(owner) if o == i]
+      size = int(self.tokenizer.token_bytes_V[ids].sum())
+      scores.append(TextScore(ids, np.concatenate([logp[j] for j in mine]),
+                              np.concatenate([weights[j] for j in mine], 1), self.experts, size))
+    return scores[0] if single else scores
+
+  def _row(self, ids, at, body) -> dict:
+    """One block: what starts a text (or the token before), then ids[at:at + body]."""
+    part, lead = ids[at:at + body], len(self.start) - 1
+    row = empty_row(self.mixture.members.context)
+    whole = np.concatenate([self.start[:-1], self.start[-1:] if at == 0 else ids[at - 1:at], part])
+    n = len(whole) - 1
+    row['tokens'][:n], row['targets'][:n] = whole[:-1], whole[1:]
+    row['weights'][lead:n], row['segments'][:n] = 1, 1
+    row['positions'][:n] = np.arange(n)
+    return row
+
+  def _scored(self, rows, size):
+    padding = empty_row(self.mixture.members.context)
+    rows = rows + [padding] * (size - len(rows))
+    batch = {f'{n}_BL': np.stack([r[n] for r in rows]) for n in ('tokens', 'targets')}
+    full = np.asarray([r['segments'].all() for r in rows])
+    out = self.mixture.score(batch, full_B=full)
+    logp, weights = np.asarray(out.logp_BL), np.exp(np.asarray(out.log_weights_KBL))
+    return [(logp[i], weights[:, i]) for i in range(len(rows))]
+
+  def weights(self, text) -> dict:
+    """{expert: weight} for the token after a text: what the text says about its domain.
+
+    Only the last tokens that the context has room for are read.
+    """
+    ids = np.concatenate([self.start, self.ids(text)])[-self.mixture.members.context:]
+    return Writer(self.mixture, ids, SamplingConfig(max_tokens=1)).after_prompt
+
+  def generate(self, prompt, *, on_text: Callable | None = None, echo: bool = False,
+               **sampling) -> Generated:
+    """Writes on from a prompt.
+
+    Args:
+      prompt: a str or ids.
+      on_text: called with each new piece of text as soon as it is certain.
+      echo: on_text gets the prompt first (not before it is known to be good).
+      **sampling: fields of sampling.SamplingConfig: max_tokens, temperature, top_k, top_p, seed,
+        stop.
+
+    Raises:
+      BadInput: an empty prompt, one longer than the context, or an option out of its range.
+    """
+    sampling = settings.from_dict(SamplingConfig, sampling, 'generate')
+    ids = self.ids(prompt)
+    if not len(ids):
+      raise BadInput('an empty prompt: give it some text to go on from')
+    writer = Writer(self.mixture, np.concatenate([self.start, ids]), sampling)
+    if echo:
+      on_text(prompt)
+    # With what comes before: some tokenizers write a text's first token differently.
+    before = [int(i) for i in ids[-8:]]
+    lead = len(self.tokenizer.decode(before))
+    out, text, shown, logp = [], '', 0, 0.0
+    total, ended = dict.fromkeys(writer.names, 0.0), 'max_tokens'
+    for token in writer:
+      if token.id == self.tokenizer.eod_id:
+        ended = 'end of document'
+        break
+      out.append(token.id)
+      logp += token.logp
+      for name, weight in token.weights.items():
+        total[name] += weight
+      text = self.tokenizer.decode(before + out)[lead:]
+      found = [at for at in (text.find(s) for s in sampling.stop) if at >= 0]
+      if found:
+        ended, text = 'stop', text[:min(found)]
+        break
+      # A character may be spread over tokens, and a stop string too.
+      certain = len(text.rstrip('\ufffd')) - max(map(len, sampling.stop), default=1) + 1
+      if on_text and certain > shown:
+        on_text(text[shown:certain])
+        shown = certain
+    else:
+      if len(out) >= writer.room:
+        ended = 'context'
+    if on_text and len(text) > shown:
+      on_text(text[shown:])
+    mean = {name: w / max(1, len(out)) for name, w in total.items()}
+    return Generated(prompt if isinstance(prompt, str) else self.tokenizer.decode(ids), text, out,
+                     ended, logp, writer.after_prompt, mean)
+
+
+def load(model: str, mix=None, *, prior=None, data: str = '', given: str = '') -> LanguageModel:
+  """Loads a language model to score, write and look at.
+
+  Args:
+    model: a model reference: 'W', 'W@STEP', 'W#legal'.
+    mix: how the experts of a DEMix LM are mixed: a MixConfig, a dict of its fields, or the name of
+      a prior ('uniform', 'cached' …). None: uniform prior, prefix posterior.
+    prior: weights ({expert: weight}, or a list in the order of the experts), or stored ones:
+      'FILE.json:DOMAIN'. Makes the prior fixed or cached.
+    data: a token store to take the tokenizer from; by default the run's own.
+    given: +DomainToken LMs: whose <domain> symbol starts a text.
+
+  Raises:
+    BadInput, NothingToLoad, Refused: see reference.load and mix.prior.
+  """
+  if isinstance(mix, str):
+    mix = {'prior': mix}
+  config = mix if isinstance(mix, MixConfig) else settings.from_dict(MixConfig, mix or {}, 'mix')
+  loaded = reference.load(model)
+  members, log_prior = loaded.members, None
+  if isinstance(prior, str):
+    file, _, domain = prior.partition(':')
+    stored = priors.find(file, domain, config.posterior if config.posterior != 'none' else '')
+    names = config.members or members.names
+    digests = dict(zip(members.names, loaded.member_digests))
+    chosen = stored.log_prior(names, [digests.get(n, '') for n in names])
+    whole = dict(zip(names, chosen))
+    log_prior = np.asarray([whole.get(n, -np.inf) for n in members.names], np.float32)
+    config = dataclasses.replace(config, prior='cached')
+  elif prior is not None:
+    log_prior = priors.from_weights(prior, members.names)
+    config = dataclasses.replace(config, prior='cached')
+  tokenizer = loaded.tokenizer(data)
+  symbols, start = domain_symbols(loaded.config), ()
+  if symbols is not None:
+    if given not in loaded.domains:
+      raise BadInput(f'{model} has <domain> symbols: name one with given='
+                     f'{settings.nearest(given, loaded.domains)}')
+    start = (symbols[loaded.domains.index(given)], tokenizer.eod_id)
+  elif given:
+    raise BadInput(f'given={given}: {model} has no <domain> symbols; name an expert as W#{given}')
+  return LanguageModel(Mixture(members, loaded.params, config, log_prior), tokenizer, start)

@@ -1,0 +1,82 @@
+"""generate: text from a model, one expert, or a mixture whose posterior moves with every token."""
+
+import sys
+import time
+from pathlib import Path
+
+from demix.errors import BadInput
+from demix.verbs.flags import Verb, require
+
+SUMMARY = 'text from a model, one expert or a mixture of experts'
+
+
+def run(argv: list[str]) -> int:
+  """Parses flags, streams the text to the terminal, ends with the weight of each expert."""
+  from demix import settings
+  from demix.mix.mixture import MixConfig
+  from demix.sampling import SamplingConfig
+  verb = Verb('generate', SUMMARY)
+  verb.string('model', '', 'model reference: W, W@STEP, or W#EXPERT for one expert')
+  verb.string('prompt', '', 'text to go on from')
+  verb.string('prompt_file', '', 'a file with that text')
+  defaults = settings.to_dict(SamplingConfig())
+  for name, text in (('max_tokens', 'tokens to write at most'), ('top_k', 'draw from the k most '
+                     'likely tokens only; 0: all'), ('seed', 'of the draws')):
+    verb.integer(name, defaults[name], text)
+  verb.number('temperature', defaults['temperature'], 'of the draws; 0: greedy')
+  verb.number('top_p', defaults['top_p'], 'draw from the fewest most likely tokens that have this '
+              'probability')
+  verb.strings('stop', 'a string that ends the text')
+  verb.config(MixConfig, 'PRIOR', 'mix', 'how experts are mixed: none, uniform, cached (with '
+              '--prior), or a config file, configs/mix.py:ARG; uniform by default')
+  verb.string('prior', '', 'FILE:DOMAIN, a stored prior (evaluate --save_priors)')
+  verb.string('given', '', '+DomainToken LMs: whose <domain> symbol starts the text')
+  verb.string('data', '', "token store to take the tokenizer from; the run's own by default")
+  given, mix = verb.parse(argv)
+  reference = require(given.model, 'model', 'a model reference, for example W or W#legal')
+  if given.mix_words not in ('', 'file'):
+    mix = settings.from_dict(MixConfig, settings.to_dict(mix) | {'prior': given.mix_words}, 'mix')
+  if bool(given.prompt) == bool(given.prompt_file):
+    raise BadInput('give either --prompt=TEXT or --prompt_file=FILE')
+  prompt = given.prompt or read(given.prompt_file)
+  sampling = {name: getattr(given, name) for name in defaults if name != 'stop'}
+  settings.from_dict(SamplingConfig, sampling, 'generate').check()
+  mix.check()
+
+  from demix import language_model
+  lm = language_model.load(reference, mix, prior=given.prior or None, data=given.data,
+                           given=given.given)
+  start = time.monotonic()
+  def show(text):
+    sys.stdout.write(text)
+    sys.stdout.flush()
+  out = lm.generate(prompt, on_text=show, echo=True, stop=tuple(given.stop), **sampling)
+  seconds = time.monotonic() - start
+  print(f'\n\n{len(out.ids)} tokens in {seconds:.1f} s with compilation; ended by {out.ended}',
+        file=sys.stderr)
+  if len(lm.experts) > 1:
+    print(weights(out), file=sys.stderr)
+  return 0
+
+
+def weights(out) -> str:
+  """Each expert's weight: after the prompt, and over the written tokens."""
+  from demix.eval.results import layout
+  lines = [['expert', 'after the prompt', 'while writing']]
+  for name, weight in sorted(out.after_prompt.items(), key=lambda item: -item[1]):
+    wrote = f'{out.weights[name]:.3f}' if name in out.weights else 'not run'
+    lines.append([name, f'{weight:.3f}', wrote])
+  return layout(lines)
+
+
+def read(path: str) -> str:
+  """The text of a file. BadInput: it cannot be read, is empty, or is not UTF-8."""
+  try:
+    text = Path(path).read_text(encoding='utf-8')
+  except OSError as e:
+    raise BadInput(f'--prompt_file={path}: cannot be read ({e.strerror})') from None
+  except UnicodeDecodeError as e:
+    raise BadInput(f'--prompt_file={path}: not UTF-8 ({e.reason} at byte {e.start})') from None
+  if not text:
+    raise BadInput(f'--prompt_file={path}: an empty prompt: nothing to go on from')
+  return text
