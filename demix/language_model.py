@@ -195,7 +195,9 @@ class LanguageModel:
     Raises:
       BadInput: an empty prompt, one longer than the context, or an option out of its range.
     """
+    stop = sampling.pop('stop', ())  # as it is: a stop string may hold commas and spaces
     sampling = settings.from_dict(SamplingConfig, sampling, 'generate')
+    sampling = dataclasses.replace(sampling, stop=(stop,) if isinstance(stop, str) else tuple(stop))
     ids = self.ids(prompt)
     if not len(ids):
       raise BadInput('an empty prompt: give it some text to go on from')
