@@ -157,10 +157,11 @@ class Run:
   def start(self, directory) -> tuple[int, dict, dict]:
     """(steps done, state, frozen): the newest trusted checkpoint, or a first start."""
     step, where = checkpoint.latest(directory), (self.shardings, self.frozen_shardings)
+    here = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
     if step is None:
       if self.init:
         first = jax.jit(lambda p: begin(p, self.adamw, self.part), out_shardings=where)
-        return 0, *first(self.init.parameters())
+        return 0, *first(jax.device_put(self.init.parameters(), here))
       fresh = jax.jit(lambda seed: begin(self.model.init(seed), self.adamw), out_shardings=where)
       return 0, *fresh(self.config.seed)
     meta = checkpoint.read_meta(directory, step)
@@ -168,7 +169,6 @@ class Run:
     self.ledger = meta['ledger']
     self.lineage = {name: meta[name] for name in ('init', 'lifecycle') if name in meta}
     like = jax.eval_shape(lambda *s: canonical_state(self.model, *s), *self.abstract)
-    here = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
     like = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for n, x in like.items()}
     flat = checkpoint.restore(directory, step, like)
     stack = jax.jit(lambda flat: running_state(self.model, flat, self.part), out_shardings=where)

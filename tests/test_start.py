@@ -280,3 +280,17 @@ def test_the_step_reads_frozen_leaves_and_returns_none(models):
   assert shapes(after) == shapes(state)
   assert all('attention' in n or 'norm' in n for n in frozen['block_0'])
   assert state['params'].keys() == {'block_0'} and state['params']['block_0'].keys() == {'ffn'}
+
+
+def test_a_frozen_run_on_a_mesh_is_the_same_run(models, frozen, stores, tmp_path):
+  """Four devices, parameters split over two: losses agree, frozen leaves are equal to the bit."""
+  flags = runs.overrides(stores.bytes, tmp_path / 'A', init__model=models['demix'],
+                         init__expert='legal', init__trainable='ffn', mesh__fsdp=2, **ADAPT)
+  ended = runs.fresh('train', *flags,
+                     env={'XLA_FLAGS': '--xla_force_host_platform_device_count=4'})
+  assert ended.code == 0 and 'devices     4 × cpu (data=2 fsdp=2)' in ended.out, ended
+  losses = [[row['train/loss'] for row in metrics.read(w)] for w in (frozen, tmp_path / 'A')]
+  np.testing.assert_allclose(*losses, rtol=1e-5)
+  trunk = [{n: d for n, d in leaves(w).items() if '/ffn/' not in n}
+           for w in (frozen, tmp_path / 'A')]
+  assert trunk[0] == trunk[1]
