@@ -9,6 +9,7 @@ VERBS = {
     'prepare': 'a corpus into a tokenizer and a token store',
     'train': 'anything that moves weights; the same workdir again resumes',
     'evaluate': 'perplexity and bits per byte per domain, for one or more models',
+    'forest': 'the experts of a DEMix LM: list, add, remove',
 }
 
 

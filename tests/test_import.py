@@ -23,7 +23,7 @@ LEVELS = (
     'config',
     'reference',
     'eval',
-    'start',
+    'start lifecycle',
     'train',
     'verbs sweep',
     '__main__',
