@@ -47,6 +47,37 @@ class TrainConfig:
       raise BadInput(f'train.compute_dtype={self.compute_dtype!r}: float32 or bfloat16')
 
 
+# What may be trained: the leaves whose running name contains this. Norms are not part of an FFN.
+TRAINABLE = {'all': '', 'ffn': '/ffn/'}
+NEAREST = 'nearest'
+
+
+@dataclasses.dataclass(frozen=True)
+class InitConfig:
+  """What a run starts from (demix/start.py). `model` and `limit` may change on resume; what they
+  led to (step and content digest of that model, the expert's name) is identity."""
+  model: str = option('', "model that the run starts from: W, W@STEP or W#EXPERT; '': fresh "
+                          'parameters. It brings its own model.*', operational=True)
+  expert: str = option('', 'expert of that DEMix LM to take out as a dense LM: its name, or '
+                           "nearest: the highest posterior on the domain's valid text")
+  trainable: str = option('all', 'what is trained: all, or ffn (all else is frozen)')
+  limit: int = option(100, 'nearest: sequences of valid text it is estimated on; 0: all',
+                      operational=True)
+
+  def check(self):
+    """Raises BadInput for values that cannot be."""
+    if self.trainable not in TRAINABLE:
+      raise BadInput(f'init.trainable={self.trainable!r}: no such choice'
+                     f'{settings.nearest(self.trainable, TRAINABLE)}')
+    if self.limit < 0:
+      raise BadInput(f'init.limit={self.limit} is below 0: 0 takes all valid text')
+    if not self.model:
+      for name, default in (('expert', ''), ('trainable', 'all')):
+        if getattr(self, name) != default:
+          raise BadInput(f'init.{name}={getattr(self, name)!r} without a model to start from: give '
+                         '--config.init.model=W')
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
   """An experiment."""
@@ -54,6 +85,7 @@ class Config:
   model: ModelConfig = option(ModelConfig(), 'the model')
   data: DataConfig = option(DataConfig(), 'the data')
   optimizer: OptimizerConfig = option(OptimizerConfig(), 'the optimizer')
+  init: InitConfig = option(InitConfig(), 'what it starts from')
   train: TrainConfig = option(TrainConfig(), 'the loop')
   execution: ExecutionConfig = option(ExecutionConfig(), 'how the model is run')
   mesh: MeshConfig = option(MeshConfig(), 'devices')
@@ -64,19 +96,22 @@ def config_dict(config: Config) -> ConfigDict:
   return ConfigDict(settings.to_dict(config))
 
 
-def complete(config: Config, store: TokenStore, saved: dict | None = None) -> Config:
+def complete(config: Config, store: TokenStore, saved: dict | None = None,
+             parent: ModelConfig | None = None) -> Config:
   """Fills in what comes from the data and checks everything, before anything is compiled.
 
   Args:
     config: as the user gave it. store: the open token store it names.
     saved: identity fields of the workdir, when it is a run already: a schedule that was laid out
       for the steps of the first start keeps that length when more steps are asked for.
+    parent: the model that the run starts from, in place of config.model (demix/start.py).
 
   Raises:
     BadInput: a value that cannot be, a domain that the store lacks, a batch that does not divide.
   """
   data, model, optimizer = config.data, config.model, config.optimizer
-  domains = data.domains or tuple(
+  experts = parent.experts if parent else ()
+  domains = data.domains or experts or tuple(
       d for d in store.domains if store.roles[d] == 'train')
   if not domains:
     raise BadInput(f'{store.path} has no domain to train on, only novel ones '
@@ -96,20 +131,40 @@ def complete(config: Config, store: TokenStore, saved: dict | None = None) -> Co
     per = ' per domain' if data.sampling == 'balanced' else ''
     raise BadInput(f'train.accumulation={config.train.accumulation} does not divide {rows} '
                    f'sequences{per} of an update: change it or data.batch_size')
-  if model.vocab_size or model.max_length or model.experts:
-    raise BadInput('model.vocab_size, model.max_length and model.experts come from the data: '
-                   'leave them 0, 0 and ()')
-  model = dataclasses.replace(
-      model,
-      vocab_size=store.vocab_size + (len(domains) if data.domain_token else 0),
-      max_length=data.sequence_length,
-      experts=domains if model.ffn == 'demix' else ())
+  model = _model_on(parent, data) if parent else _fresh_model(model, data, store)
   model.check()
   if not optimizer.schedule_steps:
     steps = (saved or {}).get('optimizer.schedule_steps', config.train.steps)
     optimizer = dataclasses.replace(optimizer, schedule_steps=steps)
   data = dataclasses.replace(data, path=os.path.abspath(store.path))
   return dataclasses.replace(config, data=data, model=model, optimizer=optimizer)
+
+
+def _fresh_model(model, data, store) -> ModelConfig:
+  """The model with the sizes that come from the data."""
+  if model.vocab_size or model.max_length or model.experts:
+    raise BadInput('model.vocab_size, model.max_length and model.experts come from the data: '
+                   'leave them 0, 0 and ()')
+  return dataclasses.replace(
+      model,
+      vocab_size=store.vocab_size + (len(data.domains) if data.domain_token else 0),
+      max_length=data.sequence_length,
+      experts=data.domains if model.ffn == 'demix' else ())
+
+
+def _model_on(parent, data) -> ModelConfig:
+  """The model a run starts from, where it can be trained on this data."""
+  if data.sequence_length > parent.max_length:
+    raise BadInput(f'data.sequence_length={data.sequence_length}, but the model of init.model was '
+                   f'trained with {parent.max_length}: give at most that')
+  if data.domain_token:
+    raise BadInput('data.domain_token with init.model: the <domain> symbols are part of a fresh '
+                   'model; leave one of them out')
+  if parent.ffn == 'demix' and parent.experts != data.domains:
+    raise BadInput(f'data.domains={",".join(data.domains)}, but the experts of init.model are '
+                   f'{",".join(parent.experts)}: a DEMix LM trains on its own domains in their '
+                   'order; take one expert out with init.expert')
+  return parent
 
 
 def domain_symbols(config: Config):
@@ -120,17 +175,32 @@ def domain_symbols(config: Config):
   return tuple(range(first, config.model.vocab_size))
 
 
-def identity(config: Config, store: TokenStore) -> dict:
-  """{dotted name: value} of all that defines the experiment, data and tokenizer included."""
+def identity(config: Config, store: TokenStore, init: dict | None = None) -> dict:
+  """{dotted name: value} of all that defines the experiment, data and tokenizer included.
+
+  Args:
+    config: completed. store: the open token store it names.
+    init: of a run that starts from a model: `identity` of its start.Start.
+  """
+  return identity_of(config, data=data_fingerprint(store, config.data.domains),
+                     tokenizer=store.tokenizer_meta['fingerprint'], init=init)
+
+
+def identity_of(config: Config, *, data: str, tokenizer: str, init: dict | None = None) -> dict:
+  """`identity` from fingerprints, where there is no store at hand."""
   out = settings.flatten(config, operational=False)
-  out['data.fingerprint'] = data_fingerprint(store, config.data.domains)
-  out['tokenizer.fingerprint'] = store.tokenizer_meta['fingerprint']
-  return out
+  if not config.init.model:  # as before there was anything else to start from
+    out = {name: value for name, value in out.items() if not name.startswith('init.')}
+  return out | (init or {}) | {'data.fingerprint': data, 'tokenizer.fingerprint': tokenizer}
 
 
 def data_fingerprint(store: TokenStore, domains) -> str:
   """xxh3-128 over the content of the domains, in their order; their names are left out."""
-  parts = [store.domain_fingerprint(d) for d in domains]
+  return joint_fingerprint([store.domain_fingerprint(d) for d in domains])
+
+
+def joint_fingerprint(parts: list[str]) -> str:
+  """`data_fingerprint` of domains whose own fingerprints are given."""
   return xxhash.xxh3_128_hexdigest(orjson.dumps(parts))
 
 

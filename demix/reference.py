@@ -93,6 +93,25 @@ def parse(text: str) -> Reference:
   return Reference(Path(found['w']), step, found['expert'])
 
 
+def locate(text: str) -> tuple[Reference, Path, int]:
+  """What a reference names: (reference, W/checkpoints, a step that was verified).
+
+  Raises:
+    BadInput: no such workdir or step.
+    NothingToLoad: there are checkpoints, but none that can be trusted.
+  """
+  from demix import catalogue
+  ref = parse(text)
+  directory = ref.workdir / 'checkpoints'
+  if not ref.workdir.is_dir():
+    raise BadInput(f'model {text!r}: no such workdir {str(ref.workdir)!r}')
+  step = catalogue.latest(directory) if ref.step is None else catalogue.require(
+      directory, ref.step)
+  if step is None:
+    raise BadInput(f'model {text!r}: {directory} holds no finished checkpoint: train it first')
+  return ref, directory, step
+
+
 def load(text: str) -> Loaded:
   """Loads the model that a reference names, verified.
 
@@ -100,18 +119,11 @@ def load(text: str) -> Loaded:
     BadInput: no such workdir, step or expert.
     NothingToLoad: there are checkpoints, but none that can be trusted.
   """
-  from demix import checkpoint, settings
-  ref = parse(text)
-  directory = ref.workdir / 'checkpoints'
-  if not ref.workdir.is_dir():
-    raise BadInput(f'model {text!r}: no such workdir {str(ref.workdir)!r}')
-  step = checkpoint.latest(directory) if ref.step is None else checkpoint.require(
-      directory, ref.step)
-  if step is None:
-    raise BadInput(f'model {text!r}: {directory} holds no finished checkpoint: train it first')
+  ref, directory, step = locate(text)
 
   import jax
 
+  from demix import checkpoint, settings
   from demix.config import Config
   from demix.params import Model, expert_slice
   meta = checkpoint.read_meta(directory, step)

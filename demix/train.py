@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from demix import checkpoint, loss, settings, sharding
+from demix import checkpoint, loss, settings, sharding, tree
 from demix.config import (
+  TRAINABLE,
   Config,
   complete,
   data_fingerprint,
@@ -31,7 +32,9 @@ from demix.metrics import Metrics
 from demix.optimizer import AdamW
 from demix.params import Model
 from demix.progress import Progress, duration, quantity
-from demix.workdir import check_identity, load_identity, save_config
+from demix.start import find
+from demix.state import abstract, begin, canonical_state, running_state
+from demix.workdir import check_identity, load_config, load_identity, save_config
 
 
 def micro_batches(batch: dict, count: int) -> dict:
@@ -46,10 +49,11 @@ def micro_batches(batch: dict, count: int) -> dict:
 
 def make_step(model: Model, adamw: AdamW, *, domains: int, balanced: bool, accumulation: int = 1,
               mesh=None):
-  """(state, batch) → (state, metrics): one update with the gradient of one scalar.
+  """(state, batch, frozen) → (state, metrics): one update with the gradient of one scalar.
 
   That scalar is the token-mean NLL of the whole batch (docs/method.md): Σ weight · nll /
-  Σ weight, whatever the number of micro-batches and devices.
+  Σ weight, whatever the number of micro-batches and devices. `frozen` is the rest of the parameters
+  of a run that trains a part of them (demix/state.py): read, and no more.
 
   Args:
     domains: how many domains `domain_B` counts. balanced: rows are expert-major (static).
@@ -59,7 +63,8 @@ def make_step(model: Model, adamw: AdamW, *, domains: int, balanced: bool, accum
   config = model.config
   keep_rows, keep_gradients = sharding.constraints(mesh)
 
-  def weighted_nll(params, batch, total):
+  def weighted_nll(trained, frozen, batch, total):
+    params = tree.join(trained, frozen)
     hidden, aux, _ = model.apply(
         params, batch['tokens_BL'], batch['domain_B'], balanced=balanced,
         segments_BL=batch.get('segments_BL'), positions_BL=batch.get('positions_BL'),
@@ -70,15 +75,17 @@ def make_step(model: Model, adamw: AdamW, *, domains: int, balanced: bool, accum
     by_domain = jax.ops.segment_sum(nll_B, batch['domain_B'], domains)
     return nll_B.sum() / total + sum(aux.values()), by_domain
 
-  def step(state, batch):
+  def step(state, batch, frozen=None):
+    frozen = frozen or {}
     tokens_D = jax.ops.segment_sum(batch['weights_BL'].sum(1), batch['domain_B'], domains)
     total = batch['weights_BL'].sum()
     gradient = jax.value_and_grad(weighted_nll, has_aux=True)
     if accumulation == 1:
-      (value, nll_D), grads = gradient(state['params'], batch, total)
+      (value, nll_D), grads = gradient(state['params'], frozen, batch, total)
     else:
       def add(sums, micro):
-        return jax.tree.map(jnp.add, sums, gradient(state['params'], micro, total)), None
+        more = gradient(state['params'], frozen, micro, total)
+        return jax.tree.map(jnp.add, sums, more), None
       zero = jax.tree.map(jnp.zeros_like, ((total, tokens_D), state['params']))
       ((value, nll_D), grads), _ = jax.lax.scan(
           add, zero, micro_batches(batch, accumulation))
@@ -92,25 +99,7 @@ def make_step(model: Model, adamw: AdamW, *, domains: int, balanced: bool, accum
   return step
 
 
-def canonical_state(model: Model, state: dict) -> dict:
-  """Flat canonical leaves of a training state: params/…, optimizer/mu/…, optimizer/count."""
-  flat = {f'params/{n}': x for n, x in model.canonical(state['params']).items()}
-  for kind in ('mu', 'nu'):
-    moments = model.canonical(state['optimizer'][kind])
-    flat |= {f'optimizer/{kind}/{n}': x for n, x in moments.items()}
-  return flat | {'optimizer/count': state['optimizer']['count']}
-
-
-def running_state(model: Model, flat: dict) -> dict:
-  """The inverse of `canonical_state`."""
-  part = lambda prefix: model.running(
-      {n.removeprefix(prefix): x for n, x in flat.items() if n.startswith(prefix)})
-  return {'params': part('params/'),
-          'optimizer': {'count': flat['optimizer/count'], 'mu': part('optimizer/mu/'),
-                        'nu': part('optimizer/nu/')}}
-
-
-def header(config: Config, model: Model, mesh, workdir) -> str:
+def header(config: Config, model: Model, mesh, workdir, more=()) -> str:
   """What is about to run, in a few lines."""
   total, active = model.counts()
   tokens = config.data.batch_size * config.data.sequence_length
@@ -124,6 +113,7 @@ def header(config: Config, model: Model, mesh, workdir) -> str:
       f'devices     {mesh.size} × {kinds}{f" ({axes})" if axes else ""}',
       f'parameters  {quantity(total)} total, {quantity(active)} active per token',
       f'per step    {quantity(tokens)} tokens, {quantity(flops)} FLOPs',
+      *more,
       f'config      {changed}'])
 
 
@@ -133,9 +123,16 @@ class Run:
   def __init__(self, config: Config, workdir: Path):
     self.workdir = workdir
     self.store = TokenStore.open(config.data.path)
-    saved = load_identity(workdir) if (workdir / 'config.json').exists() else None
-    self.config = config = complete(config, self.store, saved)
-    self.identity = identity(config, self.store)
+    there = (workdir / 'config.json').exists()
+    saved = load_identity(workdir) if there else None
+    self.init = find(config, self.store, load_config(workdir) if there else None, workdir)
+    config = complete(config, self.store, saved, self.init and self.init.model)
+    self.lineage = {}
+    if self.init:
+      config = self.init.settle(config, self.store)
+      self.lineage['init'] = self.init.record
+    self.config = config
+    self.identity = identity(config, self.store, self.init and self.init.identity)
     if saved is not None:
       check_identity(saved, self.identity, workdir)
     self.domains = config.data.domains
@@ -143,10 +140,13 @@ class Run:
     self.model = Model(config.model, config.execution, config.train.compute_dtype)
     self.mesh = sharding.make_mesh(config.mesh)
     sharding.check_rows(self.mesh, config.data.batch_size // config.train.accumulation)
-    self.shardings = sharding.state_shardings(self.mesh, self.model.abstract)
+    self.part = TRAINABLE[config.init.trainable]
     self.symbols = domain_symbols(config)
     self.batches = Batches(self.store, config.data, config.seed, symbols=self.symbols)
     self.adamw = AdamW(config.optimizer, config.optimizer.schedule_steps)
+    self.abstract = abstract(self.model, self.adamw, self.part)
+    self.shardings = sharding.state_shardings(self.mesh, self.abstract[0]['params'])
+    self.frozen_shardings = sharding.shardings(self.mesh, self.abstract[1])
     self.flops = (config.data.batch_size * config.data.sequence_length
                   * self.model.flops_per_token(config.data.sequence_length))
     self.ledger = {'tokens': 0, 'flops': 0, 'seconds': 0.0}
@@ -154,25 +154,25 @@ class Run:
 
   # ---- state: fresh or restored --------------------------------------------------------------
 
-  def start(self, directory) -> tuple[int, dict]:
-    """(steps done, state): the newest trusted checkpoint, or a fresh start."""
-    step = checkpoint.latest(directory)
+  def start(self, directory) -> tuple[int, dict, dict]:
+    """(steps done, state, frozen): the newest trusted checkpoint, or a first start."""
+    step, where = checkpoint.latest(directory), (self.shardings, self.frozen_shardings)
+    here = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
     if step is None:
-      def fresh(seed):
-        params = self.model.init(seed)
-        return {'params': params, 'optimizer': self.adamw.init(params)}
-      return 0, jax.jit(fresh, out_shardings=self.shardings)(self.config.seed)
+      if self.init:
+        first = jax.jit(lambda p: begin(p, self.adamw, self.part), out_shardings=where)
+        return 0, *first(jax.device_put(self.init.parameters(), here))
+      fresh = jax.jit(lambda seed: begin(self.model.init(seed), self.adamw), out_shardings=where)
+      return 0, *fresh(self.config.seed)
     meta = checkpoint.read_meta(directory, step)
     check_identity(meta['identity'], self.identity, self.workdir)
     self.ledger = meta['ledger']
-    abstract = {'params': self.model.abstract,
-                'optimizer': jax.eval_shape(self.adamw.init, self.model.abstract)}
-    like = jax.eval_shape(lambda s: canonical_state(self.model, s), abstract)
-    here = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+    self.lineage = {name: meta[name] for name in ('init', 'lifecycle') if name in meta}
+    like = jax.eval_shape(lambda *s: canonical_state(self.model, *s), *self.abstract)
     like = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for n, x in like.items()}
     flat = checkpoint.restore(directory, step, like)
-    stack = jax.jit(lambda flat: running_state(self.model, flat), out_shardings=self.shardings)
-    return step, stack(flat)
+    stack = jax.jit(lambda flat: running_state(self.model, flat, self.part), out_shardings=where)
+    return step, *stack(flat)
 
   def meta(self, step: int) -> dict:
     """What made this checkpoint; the data index is step + skipped."""
@@ -181,14 +181,20 @@ class Run:
             'config_digest': digest(self.identity), 'domains': list(self.domains),
             'tokenizer': self.store.tokenizer_meta['fingerprint'],
             'data': data_fingerprint(self.store, self.domains), 'ledger': dict(self.ledger),
-            'epochs': self.batches.epochs(step)}
+            'epochs': self.batches.epochs(step), **self.lineage}
 
   def save_config(self):
     """Writes W/config.json and W/data/card.json."""
     save_config(self.workdir, {'version': 1, 'config': settings.to_dict(self.config),
-                               'identity': self.identity})
+                               'identity': self.identity, **self.lineage})
     (self.workdir / 'data').mkdir(exist_ok=True)
     shutil.copyfile(self.store.path / 'card.json', self.workdir / 'data' / 'card.json')
+
+  def _origin(self) -> list[str]:
+    if not self.init:
+      return []
+    trained = tree.size(self.abstract[0]['params'])
+    return [f'starts from {self.init.describe()}', f'trains      {quantity(trained)} parameters']
 
   # ---- the loop -------------------------------------------------------------------------------
 
@@ -200,21 +206,22 @@ class Run:
   def _loop(self):
     config, train = self.config, self.config.train
     directory = self.workdir / 'checkpoints'
-    done, state = self.start(directory)
+    done, state, frozen = self.start(directory)
     if done >= train.steps:
       print(f'done already: step {done} of {train.steps} in {self.workdir}')
       return done
     self.save_config()  # not before: what cannot be gone on with stays as it is
-    print(header(config, self.model, self.mesh, self.workdir), flush=True)
+    print(header(config, self.model, self.mesh, self.workdir, self._origin()), flush=True)
     if done:
       print(f'resumed     at step {done}', flush=True)
     step_fn = jax.jit(
         make_step(self.model, self.adamw, domains=len(self.domains), balanced=self.balanced,
                   accumulation=train.accumulation, mesh=self.mesh),
-        in_shardings=(self.shardings, jax.sharding.NamedSharding(self.mesh, sharding.BATCH)),
+        in_shardings=(self.shardings, jax.sharding.NamedSharding(self.mesh, sharding.BATCH),
+                      self.frozen_shardings),
         out_shardings=(self.shardings, None), donate_argnums=0)
     # A copy, so that what is saved in the background is not the buffer the next step reuses.
-    export = jax.jit(lambda s: jax.tree.map(jnp.copy, canonical_state(self.model, s)))
+    export = jax.jit(lambda *s: jax.tree.map(jnp.copy, canonical_state(self.model, *s)))
     saver = checkpoint.Checkpoints(directory, max_to_keep=train.max_to_keep,
                                    keep_every=train.keep_every, clean=True)
     metrics = Metrics(self.workdir, step=done or -1, tensorboard=train.tensorboard)
@@ -233,7 +240,7 @@ class Run:
       batches, pending = self.batches.iterate(done), None
       for step in range(done + 1, train.steps + 1):
         batch = next(batches)
-        state, out = step_fn(state, {n: batch[n] for n in names})
+        state, out = step_fn(state, {n: batch[n] for n in names}, frozen)
         # The numbers of step - 1 are read while this step runs.
         if pending:
           log(*self._record(*pending, progress, clock))
@@ -246,12 +253,12 @@ class Run:
           _, row = self._record(*pending, progress, clock)
           pending = None
           if evaluate:
-            row |= self._evaluate(step, state['params'])
+            row |= self._evaluate(step, tree.join(state['params'], frozen))
             clock.restart()
           log(step, row)
         if save:
           self.ledger['seconds'] += clock.lap()
-          saver.save(step, export(state), self.meta(step))
+          saver.save(step, export(state, frozen), self.meta(step))
         if stop and step < train.steps:
           saver.close()
           raise Preempted(f'{stop}: saved step {step} of {train.steps} in {self.workdir}; '

@@ -116,6 +116,18 @@ def running(flat: dict, period: int, experts=()) -> dict:
   return unflatten({name: out[name] for name in order})
 
 
+def split(running: dict, part: str) -> tuple[dict, dict]:
+  """(leaves whose running name contains `part`, all others), each a running tree. '': (all, {})."""
+  flat = flatten(running)
+  return (unflatten({n: x for n, x in flat.items() if part in n}),
+          unflatten({n: x for n, x in flat.items() if part not in n}))
+
+
+def join(a: dict, b: dict) -> dict:
+  """The inverse of `split`."""
+  return unflatten(flatten(a) | flatten(b)) if b else a
+
+
 def size(tree) -> int:
   """Number of scalars in all leaves."""
   return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -45,6 +45,20 @@ def nursery(tmp_path_factory):
 
 
 @pytest.fixture(scope='session')
+def adapted(models, stores, tmp_path_factory):
+  """{name: workdir}: `better` and `worse` are experts verse and code of the DEMix LM, their FFNs
+  trained on the novel domain; its valid text is code (tests/corpus.py), so code gets worse."""
+  import corpus
+  import runs
+  folder = tmp_path_factory.mktemp('adapted')
+  for name, expert in (('better', 'verse'), ('worse', 'code')):
+    ended = runs.train(stores.bytes, folder / name, data__domains=corpus.NOVEL, train__steps=20,
+                       init__model=models['demix'], init__expert=expert, init__trainable='ffn')
+    assert ended.code == 0, ended
+  return {name: folder / name for name in ('better', 'worse')}
+
+
+@pytest.fixture(scope='session')
 def models(stores, tmp_path_factory):
   """{name: workdir} of small models that have learned what tells the domains apart."""
   import runs

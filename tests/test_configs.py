@@ -29,6 +29,7 @@ SIZES = ('125m', '350m', '760m', '1.3b')
 # that is not here fails below.
 ARGS = {
     'quickstart.py': ('', 'dense', 'demix'),
+    'adapt.py': ('', 'demix', 'dense', 'dense_ffn'),
     'quickstart_corpus.py': ('',),
     'laptop.py': ('', 'dense,1m', *(f'{arm}{size}' for size in ('', ',10m') for arm in (
         'dense', 'proportional', 'domain_token', 'demix', 'demix_every_second'))),
@@ -146,6 +147,19 @@ def test_the_quick_start_arms_differ_in_the_ffn_only_and_fit_their_corpus():
   _check(corpus)
   assert len(dense.data.domains) == 4 and len(corpus.domains) == 5  # four and one held out
   assert set(dense.data.domains) < set(corpus.domains)
+
+
+def test_adapting_is_the_base_run_at_a_tenth_of_its_rate():
+  base = settings.flatten(completed('quickstart.py', 'demix').optimizer)
+  for arm in ('demix', 'dense', 'dense_ffn'):
+    config = completed('adapt.py', arm)
+    own = settings.flatten(config.optimizer)
+    assert own['learning_rate'] == pytest.approx(base['learning_rate'] / 10)
+    assert {k for k in base if own[k] != base[k]} == {'learning_rate', 'schedule_steps'}
+    assert config.train.steps == own['schedule_steps']
+    trains_ffn = arm != 'dense'
+    assert (config.init.trainable, config.init.expert) == (
+        'ffn' if trains_ffn else 'all', 'nearest' if arm == 'demix' else '')
 
 
 @pytest.mark.parametrize('name', [n for n in FILES if hasattr(module_of(n), 'get_hyper')])

@@ -8,7 +8,8 @@ import pytest
 from models import BALANCED, EXPERTS, adamw, assert_close, assert_same, batch_of, drawn, steps, tiny
 
 from demix import tree
-from demix.train import canonical_state, make_step, micro_batches
+from demix.state import canonical_state
+from demix.train import make_step, micro_batches
 
 
 def expert_of(name):

@@ -121,8 +121,8 @@ class TokenStore:
 
   def domain_fingerprint(self, domain: str) -> str:
     """xxh3-128 of one domain's content and the tokenizer; the domain's name does not enter."""
-    return fingerprint(self.tokenizer_meta['fingerprint'],
-                       _digests('', self._domain(domain)['splits']))
+    self._domain(domain)
+    return domain_fingerprint(self.card, domain)
 
   def tokenizer(self) -> 'tokenizers.Tokenizer':
     """The tokenizer that made the ids."""
@@ -182,6 +182,12 @@ def card_fingerprint(card: dict) -> str:
   for name, domain in card['domains'].items():
     digests |= _digests(f'{name}/', domain['splits'])
   return fingerprint(card['tokenizer']['fingerprint'], digests)
+
+
+def domain_fingerprint(card: dict, domain: str) -> str:
+  """`TokenStore.domain_fingerprint` from a card alone."""
+  return fingerprint(card['tokenizer']['fingerprint'],
+                     _digests('', card['domains'][domain]['splits']))
 
 
 def read_card(path: Path) -> dict:

@@ -1,0 +1,1 @@
+"""Experts that come and go: adding one to a DEMix LM, removing one, and what is known of each."""

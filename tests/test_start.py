@@ -1,0 +1,296 @@
+"""demix/start.py, demix/state.py: training from a model that exists, all of it or its FFNs."""
+
+import json
+import shutil
+import signal
+
+import corpus
+import jax
+import numpy as np
+import pytest
+import runs
+
+from demix import checkpoint, metrics
+from demix.data.store import TokenStore
+from demix.eval import perplexity
+from demix.reference import load
+from demix.start import nearest_expert
+
+NOVEL = corpus.NOVEL
+# Weight decay is on (0.1, the default): what is not frozen by structure would move.
+ADAPT = {'data__domains': NOVEL, 'train__steps': 6, 'optimizer__schedule_steps': 6,
+         'train__checkpoint_every': 2, 'train__max_to_keep': 0}
+
+
+def adapt(store, workdir, model, **changes):
+  return runs.train(store, workdir, init__model=model, **ADAPT | changes)
+
+
+def leaves(workdir, prefix='params/'):
+  """{name: content digest} of the newest checkpoint."""
+  directory = workdir / 'checkpoints'
+  found = checkpoint.read_meta(directory, checkpoint.latest(directory))['leaves']
+  return {n.removeprefix(prefix): leaf['digest'] for n, leaf in found.items()
+          if n.startswith(prefix)}
+
+
+def numbers(reference):
+  loaded = load(str(reference))
+  return {n: np.asarray(x) for n, x in loaded.model.canonical(loaded.params).items()}
+
+
+@pytest.fixture(scope='module')
+def frozen(models, stores, tmp_path_factory):
+  """A workdir: expert legal of the DEMix LM, its FFNs trained on the novel domain."""
+  folder = tmp_path_factory.mktemp('start') / 'A'
+  ended = adapt(stores.bytes, folder, models['demix'], init__expert='legal', init__trainable='ffn')
+  assert ended.code == 0 and ended.said() == []
+  assert f'starts from {models["demix"]}, step 40, expert legal\n' in ended.out
+  return folder
+
+
+def test_frozen_leaves_stay_to_the_bit_and_all_others_move(models, frozen):
+  before, after = numbers(f'{models["demix"]}#legal'), numbers(frozen)
+  assert before.keys() == after.keys() and any('/ffn/' in n for n in after)
+  for name in before:
+    same = before[name].tobytes() == after[name].tobytes()
+    assert same == ('/ffn/' not in name), name
+    if '/ffn/' in name and before[name].size > 16:
+      assert np.mean(before[name] != after[name]) > 0.99, name
+  # The trunk has the digests it has in the DEMix LM, under the same names.
+  trunk = {n: d for n, d in leaves(frozen).items() if '/ffn/' not in n}
+  assert trunk == {n: d for n, d in leaves(models['demix']).items() if '/ffn/' not in n}
+
+
+def test_its_checkpoint_is_complete_and_has_moments_of_what_was_trained(frozen):
+  params = leaves(frozen)
+  for kind in ('mu', 'nu'):
+    assert leaves(frozen, f'optimizer/{kind}/').keys() == {n for n in params if '/ffn/' in n}
+  loaded = load(str(frozen))
+  assert loaded.domains == (NOVEL,) and loaded.model.config.ffn == 'dense'
+  assert loaded.model.canonical(loaded.params).keys() == params.keys()
+
+
+def test_the_first_loss_is_that_of_the_expert_and_it_falls(models, frozen, stores):
+  part = perplexity.Part(NOVEL, 'valid')
+  store = TokenStore.open(stores.bytes)
+  scores = []
+  for reference in (f'{models["demix"]}#legal', frozen):
+    one = load(str(reference))
+    scores += perplexity.evaluate(one.model, one.params, store, [part], length=32, limit=64)
+  # Its training text is in the style of legal (tests/corpus.py), so it starts well.
+  rows = metrics.read(frozen)
+  assert rows[0]['train/loss'] < 3 and rows[-1]['train/loss'] < rows[0]['train/loss']
+  assert rows[-1]['eval/mean/nll'] == pytest.approx(scores[1].mean_nll, rel=1e-6)
+  assert scores[0].mean_nll != scores[1].mean_nll
+
+
+def test_what_was_resolved_is_recorded_and_identity(models, frozen):
+  parent = checkpoint.read_meta(models['demix'] / 'checkpoints', 40)
+  meta = checkpoint.read_meta(frozen / 'checkpoints', 6)
+  saved = json.loads((frozen / 'config.json').read_text())
+  expected = {'model': str(models['demix']), 'workdir': str(models['demix']), 'step': 40,
+              'content_digest': parent['content_digest'], 'expert': 'legal', 'asked': 'legal',
+              'posterior': None}
+  assert meta['init'] == saved['init'] == expected
+  assert meta['identity'] == saved['identity']
+  own = {k: v for k, v in meta['identity'].items() if k.startswith('init.')}
+  assert own == {'init.step': 40, 'init.content_digest': parent['content_digest'],
+                 'init.expert': 'legal', 'init.trainable': 'ffn'}
+  assert 'init' not in checkpoint.read_meta(models['demix'] / 'checkpoints', 40)
+  assert not any(k.startswith('init.') for k in parent['identity'])
+
+
+@pytest.mark.parametrize(('kind', 'trainable'), [('dense', 'all'), ('dense', 'ffn'),
+                                                 ('demix#legal', 'all'), ('demix', 'ffn')])
+def test_every_kind_of_model_is_adapted(models, stores, tmp_path, kind, trainable):
+  name, _, expert = kind.partition('#')
+  reference = f'{models[name]}@20{kind[len(name):]}'
+  more = {'data__domains': ','.join(corpus.DOMAINS)} if kind == 'demix' else {}
+  ended = adapt(stores.bytes, tmp_path / 'A', reference, init__trainable=trainable,
+                train__steps=2, **more)
+  assert ended.code == 0 and ended.said() == []
+  before, after = numbers(reference), numbers(tmp_path / 'A')
+  moved = {n for n in before if before[n].tobytes() != after[n].tobytes()}
+  assert moved == {n for n in before if trainable == 'all' or '/ffn/' in n}
+  assert checkpoint.read_meta(tmp_path / 'A/checkpoints', 2)['init']['expert'] == expert
+
+
+# ---- the nearest expert -----------------------------------------------------------------------
+
+
+def test_the_nearest_expert_is_that_of_the_valid_text(models, stores):
+  """The novel domain's valid text is code, its training text legal, its test text verse."""
+  whole = load(str(models['demix']))
+  name, posterior = nearest_expert(whole.model, whole.params, TokenStore.open(stores.bytes), NOVEL,
+                                   length=32, limit=4)
+  assert name == 'code' == max(posterior, key=posterior.get)
+  assert posterior.keys() == set(corpus.DOMAINS)
+  assert sum(posterior.values()) == pytest.approx(1)
+
+
+def test_nearest_is_resolved_once_and_going_on_needs_no_parent(models, stores, tmp_path,
+                                                               monkeypatch):
+  parent = shutil.copytree(models['demix'], tmp_path / 'W')
+  flags = dict(init__expert='nearest', init__trainable='ffn')
+  whole = adapt(stores.bytes, tmp_path / 'whole', parent, **flags)
+  assert whole.code == 0 and ', expert code (nearest; posterior code 0.' in whole.out
+  assert adapt(stores.bytes, tmp_path / 'A', parent, train__steps=4, **flags).code == 0
+  record = json.loads((tmp_path / 'A/config.json').read_text())['init']
+  assert (record['expert'], record['asked']) == ('code', 'nearest')
+  assert record['posterior'].keys() == set(corpus.DOMAINS)
+  shutil.rmtree(parent)
+  monkeypatch.setattr('demix.start.nearest_expert', None)
+  for asked in ('nearest', 'code'):  # the name it led to is the same experiment
+    ended = adapt(stores.bytes, tmp_path / 'A', parent, **flags | {'init__expert': asked})
+    assert ended.code == 0 and ended.said() == []
+  assert runs.digests(tmp_path / 'A') == runs.digests(tmp_path / 'whole')
+  assert runs.rows(tmp_path / 'A')[-1] == runs.rows(tmp_path / 'whole')[-1]
+  saved = json.loads((tmp_path / 'A/config.json').read_text())
+  assert saved['init'] == record == checkpoint.read_meta(tmp_path / 'A/checkpoints', 6)['init']
+  ended = adapt(stores.bytes, tmp_path / 'A', parent, **flags | {'init__expert': 'legal'})
+  assert 'init.expert: "code" → "legal"' in ended.error(2)
+  message = adapt(stores.bytes, tmp_path / 'A', parent, init__expert='nearest').error(2)
+  assert 'init.trainable: "ffn" → "all"' in message
+
+
+def test_a_parent_that_moved_is_the_same_by_content_and_another_is_refused(models, stores,
+                                                                           tmp_path):
+  parent = shutil.copytree(models['demix'], tmp_path / 'W')
+  flags = dict(init__expert='legal', init__trainable='ffn')
+  assert adapt(stores.bytes, tmp_path / 'A', parent, train__steps=2, **flags).code == 0
+  moved = parent.rename(tmp_path / 'elsewhere')
+  assert adapt(stores.bytes, tmp_path / 'A', moved, train__steps=4, **flags).code == 0
+  message = adapt(stores.bytes, tmp_path / 'A', f'{moved}@20', **flags).error(2)
+  assert 'init.step: 40 → 20' in message and 'init.content_digest: "' in message
+  assert 'belongs to another experiment: init.' in message
+
+
+# ---- exact resume -----------------------------------------------------------------------------
+
+
+def test_a_frozen_run_that_was_killed_is_the_uninterrupted_one(models, stores, nursery, tmp_path):
+  long = dict(init__model=models['demix'], init__expert='legal', init__trainable='ffn',
+              data__domains=NOVEL, train__steps=90, optimizer__schedule_steps=90,
+              train__checkpoint_every=7)
+  assert runs.train(stores.bytes, tmp_path / 'whole', **long).code == 0
+  flags = runs.overrides(stores.bytes, tmp_path / 'A', **long)
+  for step in (3, 30):  # before the first checkpoint, and between two
+    child = nursery.start('train', *flags)
+    runs.until(lambda step=step: len(metrics.read(tmp_path / 'A')) >= step)
+    child.send(signal.SIGKILL)
+    assert child.wait().code == -signal.SIGKILL
+  ended = nursery.run('train', *flags)
+  assert ended.code == 0 and 'resumed     at step ' in ended.out
+  assert runs.rows(tmp_path / 'A') == runs.rows(tmp_path / 'whole')
+  assert runs.digests(tmp_path / 'A') == runs.digests(tmp_path / 'whole')
+  assert leaves(tmp_path / 'A') == leaves(tmp_path / 'whole')
+
+
+def test_a_run_killed_before_its_first_checkpoint_needs_the_same_parent(models, stores, tmp_path):
+  parent = shutil.copytree(models['demix'], tmp_path / 'W')
+  flags = dict(init__expert='legal', init__trainable='ffn')
+  assert adapt(stores.bytes, tmp_path / 'A', parent, **flags).code == 0
+  done = runs.digests(tmp_path / 'A')
+  shutil.rmtree(tmp_path / 'A/checkpoints')
+  assert adapt(stores.bytes, tmp_path / 'A', parent, **flags).code == 0
+  assert runs.digests(tmp_path / 'A') == done
+  shutil.rmtree(tmp_path / 'A/checkpoints')
+  shutil.rmtree(parent / 'checkpoints/40')
+  message = adapt(stores.bytes, tmp_path / 'A', parent, **flags).error(2)
+  assert 'has no checkpoint of its own yet' in message and 'no checkpoint of step 40' in message
+  shutil.copytree(models['dense'] / 'checkpoints/40', parent / 'checkpoints/40')
+  assert 'this run started from' in adapt(stores.bytes, tmp_path / 'A', parent, **flags).error(2)
+
+
+# ---- refusals ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(('changes', 'text'), [
+    ({'init__model': '{none}'}, "no such workdir '{none}'"),
+    ({'init__model': '{demix}@7'}, 'no checkpoint of step 7 (there: 20, 40)'),
+    ({'init__model': '{demix}@'}, 'is not W, W@STEP or W#EXPERT'),
+    ({'init__expert': 'lega'}, "init.expert='lega': {demix} has no such expert (did you mean "
+                               "'legal'?)"),
+    ({'init__model': '{demix}#lega'}, "no such expert (did you mean 'legal'?)"),
+    ({'init__model': '{demix}#code', 'init__expert': 'legal'}, "names expert 'code', init.expert="),
+    ({'init__model': '{dense}', 'init__expert': 'legal'}, 'is a dense LM and has no experts'),
+    ({'init__model': '{dense}', 'init__expert': 'nearest'}, 'is a dense LM and has no experts'),
+    ({'init__expert': 'nearest', 'data__domains': 'mixed,code'}, 'nearest with 2 training domains'),
+    ({'init__expert': 'nearest', 'data__path': '{no_valid}'}, 'mixed has no valid text to'),
+    ({'init__model': '', 'init__expert': 'legal'}, "init.expert='legal' without a model to start"),
+    ({'init__model': '', 'init__trainable': 'ffn'}, "init.trainable='ffn' without a model"),
+    ({'init__trainable': 'fn'}, "init.trainable='fn': no such choice (did you mean 'ffn'?)"),
+    ({'init__limit': -1}, 'init.limit=-1 is below 0'),
+    ({'init__expert': 'legal', 'data__sequence_length': 64},
+     'data.sequence_length=64, but the model of init.model was trained with 32'),
+    ({'init__expert': 'legal', 'data__path': '{bpe}'}, 'was trained with tokenizer '),
+    ({'init__model': '{token}'}, 'was trained with <domain> symbols'),
+    ({'init__model': '{dense}', 'data__domain_token': True}, 'data.domain_token with init.model'),
+    ({}, 'data.domains=mixed, but the experts of init.model are legal,code,verse,kitchen'),
+    ({'init__expert': 'legal', 'data__domains': 'mixd'}, "'mixd' (did you mean 'mixed'?)"),
+])
+def test_what_cannot_be_started_from_is_refused_in_one_line(models, stores, tmp_path, changes,
+                                                            text):
+  places = models | {'none': tmp_path / 'none', 'bpe': stores.bpe, 'no_valid': tmp_path / 'store'}
+  if 'no_valid' in str(changes):
+    shutil.copytree(stores.bytes, tmp_path / 'store')
+    card = json.loads((tmp_path / 'store/card.json').read_text())
+    del card['domains'][NOVEL]['splits']['valid']
+    (tmp_path / 'store/card.json').write_text(json.dumps(card))
+  changes = {k: v.format(**places) if isinstance(v, str) else v for k, v in changes.items()}
+  flags = {'init__model': models['demix']} | ADAPT | changes
+  ended = runs.train(stores.bytes, tmp_path / 'A', **flags)
+  assert text.format(**places) in ended.error(2)
+  assert ended.out == '' and not [p for p in (tmp_path / 'A').glob('*') if p.name != '.lock']
+
+
+def test_ffn_of_an_expert_among_shared_ffns_is_refused(stores, tmp_path):
+  every_second = dict(model__ffn='demix', model__expert_every=2, train__steps=1)
+  assert runs.train(stores.bytes, tmp_path / 'W', **every_second).code == 0
+  message = adapt(stores.bytes, tmp_path / 'A', tmp_path / 'W', init__expert='legal',
+                  init__trainable='ffn').error(2)
+  assert 'expert_every=2: FFNs that all experts share would be trained too' in message
+  assert adapt(stores.bytes, tmp_path / 'A', tmp_path / 'W', init__expert='legal',
+               train__steps=1).code == 0
+
+
+def test_a_run_from_fresh_parameters_does_not_become_another(models, stores, tmp_path):
+  workdir = shutil.copytree(models['demix'], tmp_path / 'W')
+  before = runs.files(workdir)
+  message = adapt(stores.bytes, workdir, models['demix'], init__expert='legal').error(2)
+  assert 'started from fresh parameters, not from init.model=' in message
+  assert runs.files(workdir) == before
+
+
+def test_the_step_reads_frozen_leaves_and_returns_none(models):
+  """No gradient, moment or output of the step belongs to a frozen leaf: that is the structure."""
+  from demix.optimizer import AdamW, OptimizerConfig
+  from demix.state import abstract
+  from demix.train import make_step
+  model = load(f'{models["demix"]}#legal').model
+  adamw = AdamW(OptimizerConfig(), 8)
+  state, frozen = abstract(model, adamw, '/ffn/')
+  batch = {n: jax.ShapeDtypeStruct((2, 8), t) for n, t in (
+      ('tokens_BL', np.int32), ('targets_BL', np.int32), ('weights_BL', np.float32))}
+  batch['domain_B'] = jax.ShapeDtypeStruct((2,), np.int32)
+  step = make_step(model, adamw, domains=1, balanced=True)
+  after, _ = jax.eval_shape(step, state, batch, frozen)
+  shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+  assert shapes(after) == shapes(state)
+  assert all('attention' in n or 'norm' in n for n in frozen['block_0'])
+  assert state['params'].keys() == {'block_0'} and state['params']['block_0'].keys() == {'ffn'}
+
+
+def test_a_frozen_run_on_a_mesh_is_the_same_run(models, frozen, stores, tmp_path):
+  """Four devices, parameters split over two: losses agree, frozen leaves are equal to the bit."""
+  flags = runs.overrides(stores.bytes, tmp_path / 'A', init__model=models['demix'],
+                         init__expert='legal', init__trainable='ffn', mesh__fsdp=2, **ADAPT)
+  ended = runs.fresh('train', *flags,
+                     env={'XLA_FLAGS': '--xla_force_host_platform_device_count=4'})
+  assert ended.code == 0 and 'devices     4 × cpu (data=2 fsdp=2)' in ended.out, ended
+  losses = [[row['train/loss'] for row in metrics.read(w)] for w in (frozen, tmp_path / 'A')]
+  np.testing.assert_allclose(*losses, rtol=1e-5)
+  trunk = [{n: d for n, d in leaves(w).items() if '/ffn/' not in n}
+           for w in (frozen, tmp_path / 'A')]
+  assert trunk[0] == trunk[1]
