@@ -8,14 +8,15 @@ does not need the model it started from.
 """
 
 import dataclasses
-import math
 import os
 
 from demix import checkpoint, reference, settings
 from demix.config import NEAREST, Config, InitConfig
 from demix.data.store import TokenStore
 from demix.errors import BadInput, DemixError
-from demix.eval import perplexity
+from demix.eval import mixing
+from demix.mix.members import ExpertMembers
+from demix.mix.mixture import MixConfig
 from demix.params import Model, expert_slice
 from demix.settings import nearest
 from demix.transformer import ModelConfig
@@ -179,15 +180,15 @@ def nearest_expert(model: Model, params: dict, store: TokenStore, domain: str, *
     store, domain: whose valid text. length: tokens of a sequence. limit: sequences; 0: all.
 
   Returns:
-    (name, {name: share}): for now shares go as exp(-nats per token) of each expert by itself.
+    (name, {name: weight}): the largest of the domain's cached prior, by last_token as in the
+    released code that the papers chose by; and all of it.
 
   Raises:
-    BadInput: the domain has no valid text.
+    BadInput: too little valid text.
   """
+  mode = mixing.Mode('cached', MixConfig(prior='cached', posterior='last_token',
+                                         blocks=limit or 1 << 30))
   names = model.config.experts
-  parts = [perplexity.Part(domain, 'valid', route) for route in range(len(names))]
-  scores = perplexity.evaluate(model, params, store, parts, length=length, limit=limit)
-  best = min(score.mean_nll for score in scores)
-  shares = [math.exp(best - score.mean_nll) for score in scores]
-  posterior = {name: share / sum(shares) for name, share in zip(names, shares)}
+  estimated = mixing.Evaluation(ExpertMembers(model), params, names, store, (mode,), length=length)
+  posterior = estimated.estimate(domain)['last_token'].weights
   return max(posterior, key=posterior.get), posterior

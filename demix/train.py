@@ -184,11 +184,14 @@ class Run:
             'epochs': self.batches.epochs(step), **self.lineage}
 
   def save_config(self):
-    """Writes W/config.json and W/data/card.json."""
+    """Writes W/config.json, W/data/card.json and W/data/tokenizer/."""
     save_config(self.workdir, {'version': 1, 'config': settings.to_dict(self.config),
                                'identity': self.identity, **self.lineage})
     (self.workdir / 'data').mkdir(exist_ok=True)
     shutil.copyfile(self.store.path / 'card.json', self.workdir / 'data' / 'card.json')
+    # With it the workdir is enough to read and write text.
+    shutil.copytree(self.store.path / 'tokenizer', self.workdir / 'data' / 'tokenizer',
+                    dirs_exist_ok=True)
 
   def _origin(self) -> list[str]:
     if not self.init:

@@ -17,6 +17,7 @@ from demix.config import Config, complete
 from demix.data.prepare import PrepareConfig, _check
 from demix.errors import BadInput
 from demix.optimizer import AdamW
+from demix.mix.mixture import MixConfig
 from demix.params import Model
 from demix.train import make_step
 from demix.verbs.flags import Verb, load_config
@@ -29,6 +30,8 @@ SIZES = ('125m', '350m', '760m', '1.3b')
 # that is not here fails below.
 ARGS = {
     'quickstart.py': ('', 'dense', 'demix'),
+    'mix.py': ('', 'average', 'uniform', 'updating', 'cached', 'released', 'top2', 'decayed',
+               'window', 'logits', 'pick'),
     'adapt.py': ('', 'demix', 'dense', 'dense_ffn'),
     'quickstart_corpus.py': ('',),
     'laptop.py': ('', 'dense,1m', *(f'{arm}{size}' for size in ('', ',10m') for arm in (
@@ -83,7 +86,14 @@ def test_a_config_says_how_it_is_run_and_documents_its_arguments(name):
   assert all(p.default is not p.empty for p in default), 'the argument is optional'
 
 
-@pytest.mark.parametrize(('name', 'arg'), [c for c in CASES if 'corpus' not in c[0]])
+@pytest.mark.parametrize('arg', ARGS['mix.py'])
+def test_a_way_of_mixing_can_be(arg):
+  content = load_config('configs/mix.py' + (f':{arg}' if arg else ''))
+  settings.from_dict(MixConfig, content.to_dict(), 'mix').check()
+
+
+@pytest.mark.parametrize(('name', 'arg'), [
+    c for c in CASES if 'corpus' not in c[0] and c[0] != 'mix.py'])
 def test_a_config_builds(name, arg):
   """Its model, optimizer and one update with gradients, traced for the whole batch."""
   config = completed(name, arg)

@@ -156,6 +156,8 @@ def write(workdir: Path, before: Saved, state: dict, config: Config, card: dict,
       saver.save(before.step, state, meta)
     save_config(making, {'version': 1, 'config': meta['config'], 'identity': identity, **lineage})
     (making / 'data').mkdir()
+    if (tokenizer := before.workdir / 'data' / 'tokenizer').is_dir():
+      shutil.copytree(tokenizer, making / 'data' / 'tokenizer')
     write_atomic(making / 'data' / 'card.json', orjson.dumps(card, option=orjson.OPT_INDENT_2))
     os.rename(making, workdir)  # refused where something has come to lie there
     fsync_directory(making.parent)
