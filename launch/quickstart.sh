@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to a table: text that lies on this machine, a dense and a DEMix LM, both evaluated.
+# From nothing to a table: text that lies on this machine, a dense and a DEMix LM, both evaluated,
+# the experts given and mixed; and a text that they write together.
 #
 #   launch/quickstart.sh [--workdir DIR] [--seed N]
 #
@@ -16,7 +17,7 @@ while [ $# -gt 0 ]; do
     --workdir) [ $# -gt 1 ] || fail "--workdir needs a folder"; workdir="$2"; shift ;;
     --seed=*) seed="${1#*=}" ;;
     --seed) [ $# -gt 1 ] || fail "--seed needs a number"; seed="$2"; shift ;;
-    -h|--help) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h|--help) sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) fail "unknown argument $1: launch/quickstart.sh [--workdir DIR] [--seed N]" ;;
   esac
   shift
@@ -40,10 +41,14 @@ for arm in dense demix; do
   python -m demix train --config=configs/quickstart.py:$arm --config.seed="$seed" \
     --config.data.path="$workdir/corpus" --workdir="$workdir/$arm"
 done
-echo; echo "4/4 evaluate"
+echo; echo "4/4 evaluate, one expert at a time and mixed; then write"
 python -m demix evaluate --model="$workdir/dense" --model="$workdir/demix" --data="$workdir/corpus" \
   --domains="$(python -c 'from configs.quickstart_corpus import DOMAINS; print(",".join(DOMAINS))')" \
+  --mix=given,average,uniform,updating,cached --save_priors="$workdir/priors.json" \
   --out="$workdir/results.json" > "$workdir/table.tmp"
+{ echo; echo "A text by the mixture (--prompt='class '):"; } >> "$workdir/table.tmp"
+python -m demix generate --model="$workdir/demix" --prompt='class ' --max_tokens=80 --seed=1 \
+  >> "$workdir/table.tmp" 2>&1
 mv "$workdir/table.tmp" "$workdir/table.txt"
 cat "$workdir/table.txt"
 cat <<EOF
@@ -51,6 +56,6 @@ cat <<EOF
 Everything lies in $workdir:
   corpus/          token store and data card (card.json); the text itself in corpus_text/
   dense/, demix/   config.json, metrics.jsonl, tensorboard/, checkpoints/
-  results.json     the numbers of the tables above
+  results.json     the numbers of the tables above; priors.json, the cached priors
 took $((SECONDS - started))s after installation
 EOF

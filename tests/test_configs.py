@@ -16,8 +16,8 @@ from demix import settings, sweep
 from demix.config import Config, complete
 from demix.data.prepare import PrepareConfig, _check
 from demix.errors import BadInput
-from demix.optimizer import AdamW
 from demix.mix.mixture import MixConfig
+from demix.optimizer import AdamW
 from demix.params import Model
 from demix.train import make_step
 from demix.verbs.flags import Verb, load_config

@@ -42,8 +42,11 @@ def test_quickstart_continues_where_it_was_killed_and_ends_in_a_table(tmp_path):
   results = json.loads((workdir / 'results.json').read_text())
   domains = ['code', 'cplusplus', 'docstrings', 'sessions', 'cython']
   assert results['heldout'] == ['cython'] and list(results['runs']) == ['dense', 'demix']
-  assert [(r['run'], r['domain']) for r in results['rows']] == [
-      (run, d) for run in ('dense', 'demix') for d in domains]
+  ways = [(None, None), ('none', None), *((prior, posterior) for prior in (
+      'uniform', 'updating', 'cached') for posterior in ('prefix', 'last_token'))]
+  assert [(r['run'], r['prior'], r['posterior'], r['domain']) for r in results['rows']] == [
+      ('dense', None, None, d) for d in domains] + [
+      ('demix', *way, d) for way in ways for d in domains]
   dense, demix = results['runs']['dense'], results['runs']['demix']
   assert dense['train_tokens'] == demix['train_tokens'] == 600 * 8 * 128
   assert dense['params_active'] == demix['params_active'] < demix['params_total']
@@ -52,7 +55,14 @@ def test_quickstart_continues_where_it_was_killed_and_ends_in_a_table(tmp_path):
     assert 20 < row['perplexity'] < 400
     assert math.isclose(row['perplexity'], math.exp(row['nll']))
     if row['domain'] != 'cython':
-      assert row['mix'] == ('none' if row['run'] == 'dense' else f'expert:{row["domain"]}')
+      single = 'none' if row['run'] == 'dense' else f'expert:{row["domain"]}'
+      mixed = row['prior'] is not None
+      assert row['mix'] == ('ensemble' if mixed else single)
+  # The prior that is estimated on a domain's dev text knows the domain.
+  for stored in json.loads((workdir / 'priors.json').read_text())['priors']:
+    if stored['domain'] != 'cython':
+      assert stored['weights'][stored['domain']] > 0.5, stored
+  assert 'while writing' in out  # a text, and who wrote it
   assert 'arithmetic mean' in out and 'ledger' in out and 'took' in out
   third = start(workdir)
   again, _ = third.communicate(timeout=60)
