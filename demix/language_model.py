@@ -173,6 +173,33 @@ class LanguageModel:
     logp, weights = np.asarray(out.logp_BL), np.exp(np.asarray(out.log_weights_KBL))
     return [(logp[i], weights[:, i]) for i in range(len(rows))]
 
+  def continuations(self, prompt, options) -> np.ndarray:
+    """log p of each option as what follows a prompt, nats, [options].
+
+    The prompt is evidence and is not scored; its beginning is left out where both do not fit.
+    Prompt and option are tokenized apart.
+
+    Raises:
+      BadInput: an option that is empty or longer than the context.
+    """
+    before, context, rows = self.ids(prompt), self.mixture.members.context, []
+    for option in options:
+      ids = self.ids(option)
+      room = context - len(self.start) + 1 - len(ids)
+      if not len(ids) or room < 0:
+        raise BadInput(f'option of {len(ids)} tokens: a context of {context} has room for 1 to '
+                       f'{context - len(self.start) + 1}')
+      kept = before[max(0, len(before) - room):]
+      row = self._row(np.concatenate([kept, ids]), 0, context)
+      row['weights'][:len(self.start) - 1 + len(kept)] = 0
+      rows.append(row)
+    out = []
+    for at in range(0, len(rows), _ROWS):
+      batch = rows[at:at + _ROWS]
+      for row, (logp, _) in zip(batch, self._scored(batch, _ROWS)):
+        out.append(float((logp.astype(np.float64) * row['weights']).sum()))
+    return np.asarray(out)
+
   def weights(self, text) -> dict:
     """{expert: weight} for the token after a text: what the text says about its domain.
 
@@ -255,7 +282,12 @@ def load(model: str, mix=None, *, prior=None, data: str = '', given: str = '') -
   if isinstance(mix, str):
     mix = {'prior': mix}
   config = mix if isinstance(mix, MixConfig) else settings.from_dict(MixConfig, mix or {}, 'mix')
-  loaded = reference.load(model)
+  return of(reference.load(model), config, prior=prior, data=data, given=given)
+
+
+def of(loaded: reference.Loaded, config: MixConfig, *, prior=None, data: str = '',
+       given: str = '') -> LanguageModel:
+  """`load` of what is loaded already."""
   members, log_prior = loaded.members, None
   if isinstance(prior, str):
     file, _, domain = prior.partition(':')
@@ -273,9 +305,10 @@ def load(model: str, mix=None, *, prior=None, data: str = '', given: str = '') -
   symbols, start = domain_symbols(loaded.config), ()
   if symbols is not None:
     if given not in loaded.domains:
-      raise BadInput(f'{model} has <domain> symbols: name one with given='
+      raise BadInput(f'{loaded.workdir} has <domain> symbols: name one with given='
                      f'{settings.nearest(given, loaded.domains)}')
     start = (symbols[loaded.domains.index(given)], tokenizer.eod_id)
   elif given:
-    raise BadInput(f'given={given}: {model} has no <domain> symbols; name an expert as W#{given}')
+    raise BadInput(f'given={given}: {loaded.workdir} has no <domain> symbols; name an expert as '
+                   f'W#{given}')
   return LanguageModel(Mixture(members, loaded.params, config, log_prior), tokenizer, start)

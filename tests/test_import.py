@@ -26,6 +26,7 @@ LEVELS = (
     'start lifecycle sampling',
     'train generate',
     'language_model',
+    'multiple_choice',
     'verbs sweep',
     '__main__',
 )
@@ -71,7 +72,7 @@ def test_every_file_has_a_level():
 @pytest.mark.parametrize('path', FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_a_file_imports_from_its_own_folder_and_levels_above(path):
   if path == ROOT / 'demix/__init__.py':
-    assert imports(path) == []
+    assert imports(path) == ['demix.language_model']  # inside a function
     return
   wrong = [m for m in imports(path) if m.split('.')[0] == 'demix' and not allowed(path, m)]
   assert wrong == []

@@ -32,6 +32,8 @@ def run(argv: list[str]) -> int:
   verb.string('save_priors', '', 'write the cached priors that are estimated here')
   verb.string('dump', '', 'write log-likelihoods, weights and prior of the first way that mixes '
               'here (.npz)')
+  verb.string('options', '', 'instead of perplexity, accuracy on this file of multiple choice: '
+              '{"prompt", "options", "answer"} a line; --mix: average, uniform, cached, a file')
   verb.string('out', '', 'also write results.json here')
   given, mix = verb.parse(argv)
   if not given.model:
@@ -64,6 +66,8 @@ def run(argv: list[str]) -> int:
     modes = (mixing.Mode('mix', mix),)
   else:
     modes = mixing.modes(mixing.NAMES if mixes == ['all'] else mixes, posteriors, mix)
+  if given.options:
+    return choose(models, given, modes)
   stored, estimated = {}, []
   if given.prior:
     file, _, domain = given.prior.partition(':')
@@ -84,4 +88,34 @@ def run(argv: list[str]) -> int:
   files = [f'{what:<11} {file}' for what, file in (
       ('results', given.out), ('priors', given.save_priors), ('dump', given.dump)) if file]
   print(''.join(f'\n{line}' for line in files))
+  return 0
+
+
+def choose(models: dict, given, modes) -> int:
+  """Prints, for every model and way of mixing, the accuracy on a file of multiple choice."""
+  from demix import language_model, multiple_choice, reference
+  from demix.eval.results import layout
+  from demix.mix.mixture import MixConfig
+  from demix.progress import Progress
+  for flag in ('out', 'dump', 'save_priors'):
+    if getattr(given, flag):
+      raise BadInput(f'--{flag} goes with perplexity, not with --options')
+  for mode in modes:
+    if mode.single or mode.config.prior == 'updating':
+      raise BadInput(f'--options with --mix={mode.name}: a question is no stream of a domain; '
+                     'average, uniform or cached (with --prior), or a model reference W#EXPERT')
+  questions = multiple_choice.read(given.options)
+  lines = [['run', 'mix', 'accuracy', 'error', 'per byte', 'questions']]
+  for name, ref in models.items():
+    loaded = reference.load(ref)
+    many = len(loaded.members.names) > 1
+    for config in [m.config for m in modes if many] or [MixConfig()]:
+      cached = given.prior if config.prior == 'cached' else None
+      lm = language_model.of(loaded, config, data=given.data, given=given.force, prior=cached)
+      way = f'{config.prior} {config.posterior}' if many else loaded.expert or ''
+      with Progress(len(questions), 'questions', f'evaluate {name}') as progress:
+        found = multiple_choice.accuracy(lm, questions, progress.update)
+      lines.append([name, way, f'{found.accuracy:.3f}', f'{found.error:.3f}',
+                    f'{found.per_byte:.3f}', str(found.questions)])
+  print(layout(lines))
   return 0
