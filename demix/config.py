@@ -61,7 +61,7 @@ class InitConfig:
   expert: str = option('', 'expert of that DEMix LM to take out as a dense LM: its name, or '
                            "nearest: the highest posterior on the domain's valid text")
   trainable: str = option('all', 'what is trained: all, or ffn (all else is frozen)')
-  limit: int = option(100, 'nearest: sequences of valid text it is estimated on; 0: all',
+  limit: int = option(200, 'nearest: sequences of valid text it is estimated on; 0: all',
                       operational=True)
 
   def check(self):

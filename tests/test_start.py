@@ -134,7 +134,7 @@ def test_nearest_is_resolved_once_and_going_on_needs_no_parent(models, stores, t
   parent = shutil.copytree(models['demix'], tmp_path / 'W')
   flags = dict(init__expert='nearest', init__trainable='ffn')
   whole = adapt(stores.bytes, tmp_path / 'whole', parent, **flags)
-  assert whole.code == 0 and ', expert code (nearest; posterior code 0.' in whole.out
+  assert whole.code == 0 and ', expert code (nearest; posterior code ' in whole.out
   assert adapt(stores.bytes, tmp_path / 'A', parent, train__steps=4, **flags).code == 0
   record = json.loads((tmp_path / 'A/config.json').read_text())['init']
   assert (record['expert'], record['asked']) == ('code', 'nearest')
