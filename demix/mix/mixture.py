@@ -115,12 +115,14 @@ def gated(config: MixConfig, scores):
 
 def moving_prior(config: MixConfig, loglik_EBL, full_B, state):
   """Priors of blocks that are read in order; see prior.moving. Evidence is what precedes the last
-  position of a block."""
+  position of a block. The posterior is the whole one: a member that `weights_k` cuts off at a token
+  would have no prior ever after."""
   last = dict(decay=config.decay, window=config.window) if config.posterior == 'prefix' else dict(
       window=1)
   last_EB = evidence.preceding(loglik_EBL, **last)[..., -1]
-  return prior.moving(functools.partial(gated, config), last_EB, full_B, state,
-                      alpha=config.alpha, group=config.blocks_per_update)
+  whole = functools.partial(gate.log_weights, temperature=config.temperature)
+  return prior.moving(whole, last_EB, full_B, state, alpha=config.alpha,
+                      group=config.blocks_per_update)
 
 
 @dataclasses.dataclass(frozen=True)

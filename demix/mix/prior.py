@@ -152,7 +152,7 @@ def load(path) -> list[Prior]:
                      for k, v in entry.items() if k != 'weights'}) for entry in content['priors']]
   except OSError as e:
     raise BadInput(f'{path}: cannot be read ({e.strerror})') from None
-  except (ValueError, KeyError, TypeError) as e:
+  except (ValueError, KeyError, TypeError, AttributeError) as e:
     raise BadInput(f'{path}: not a file of priors ({e})') from None
 
 
