@@ -60,6 +60,7 @@ def problems_of(root: Path, step: int) -> list[str]:
 
 
 def summary(problems: list[str]) -> str:
+  """The first three problems in one line, and how many more there are."""
   more = f' (and {len(problems) - 3} more)' if len(problems) > 3 else ''
   return '; '.join(problems[:3]) + more
 

@@ -33,7 +33,7 @@ def nll(hidden_BLD, table_VD, targets_BL, vocab_size: int, block: int = 0):
     float32 [B, L].
   """
   def some(hidden, targets):
-    # logsumexp minus the target's logit: 0.84 of log_softmax's time on XLA's CPU backend.
+    # logsumexp minus the target's logit: nothing of the size of the logits but the logits.
     scores = logits(hidden, table_VD, vocab_size)
     return jax.nn.logsumexp(scores, -1) - jnp.take_along_axis(scores, targets[:, None], -1)[:, 0]
 

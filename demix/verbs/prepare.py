@@ -6,6 +6,7 @@ SUMMARY = 'a corpus into a tokenizer and a token store'
 
 
 def run(argv: list[str]) -> int:
+  """Parses flags and prepares a token store."""
   from demix.data import documents
   from demix.data.prepare import LOCAL_TEXT, PrepareConfig, prepare
   verb = Verb('prepare', SUMMARY)
