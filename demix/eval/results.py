@@ -104,6 +104,9 @@ def table(content: dict, measure: str = 'perplexity') -> str:
   if len(columns) > 1:
     lines.append(signs)
   lines += [show(d) for d in domains if d in heldout]
+  for run, entry in content['runs'].items():
+    notes += [f'{run}: expert {e} did not beat its parent when it was added (or was not compared)'
+              for e in entry.get('unearned', ())]
   return '\n'.join([layout(lines, levels), *notes])
 
 

@@ -132,12 +132,15 @@ def test_no_gain_is_flagged_and_refused_where_a_gain_is_required(models, adapted
   assert not gate['passed'] and gate['gain'] < 0
   listed = runs.demix('forest', 'list', f'--model={tmp_path / "W2"}').out
   assert 'FLAGGED: no gain over its parent (-' in listed
+  flag = 'W2: expert mixed did not beat its parent when it was added'
+  table = runs.demix('evaluate', f'--model={tmp_path / "W2"}', '--domains=code', '--limit=2').out
+  assert table.count(flag) == 2  # under each measure
 
 
 def test_it_is_evaluated_listed_and_trained_on_like_any_workdir(grown, stores, tmp_path):
   copy = shutil.copytree(grown, tmp_path / 'W2')
   ended = runs.demix('evaluate', f'--model={copy}', f'--domains={NOVEL},code', '--limit=2')
-  assert ended.code == 0 and 'held out' not in ended.out
+  assert ended.code == 0 and 'held out' not in ended.out and 'did not beat' not in ended.out
   lines = runs.demix('forest', 'list', f'--model={copy}').out.splitlines()
   assert [line.split()[0] for line in lines] == ['expert', *FIVE, '(trunk)']
   assert 'added: from verse, on mixed, ' in lines[5] and '; gain ' in lines[5]
