@@ -103,10 +103,7 @@ def read(members, configs, params, routes_R, batch, full_B, priors, places, stat
     loglik_RBL; per mode logp_BL, log weights [k, B, L], log priors [k, B], and the new state.
   """
   logits = any(c.combine == 'logits' for c in configs)
-  def what(hidden):
-    nll = members.nll(params, hidden, batch['targets_BL'])
-    return (nll, hidden) if logits else (nll, None)
-  nll_RBL, hidden_RBLD = members.each(params, batch['tokens_BL'], routes_R, what)
+  nll_RBL, hidden_RBLD = members.score(params, batch, routes_R, hidden=logits)
   out = []
   for config, log_prior, place, state in zip(configs, priors, places, states):
     loglik = -nll_RBL[place]
@@ -115,7 +112,8 @@ def read(members, configs, params, routes_R, batch, full_B, priors, places, stat
       prior_kB, state = moving_prior(config, loglik, full_B, state)
     weights = log_weights(config, loglik, prior_kB)
     if config.combine == 'logits':
-      logp = mixed_logits(members, params, hidden_RBLD[place], weights, batch['targets_BL'])
+      logp = mixed_logits(members, params, routes_R[place], hidden_RBLD[place], weights,
+                          batch['targets_BL'])
     else:
       logp = getattr(combine, config.combine)(weights, loglik)
     out.append((logp, weights, prior_kB, state))
@@ -125,8 +123,7 @@ def read(members, configs, params, routes_R, batch, full_B, priors, places, stat
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def read_dev(members, configs, params, routes_R, batch, full_B, states):
   """Development text: summed log-likelihood [R] of full blocks, and the moved prior per config."""
-  loglik = -members.each(params, batch['tokens_BL'], routes_R,
-                         lambda h: members.nll(params, h, batch['targets_BL']))
+  loglik = -members.score(params, batch, routes_R)[0]
   total = jnp.where(full_B[:, None], loglik, 0.0).sum((1, 2))
   return total, [moving_prior(c, loglik, full_B, s)[1] for c, s in zip(configs, states)]
 

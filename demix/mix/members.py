@@ -1,8 +1,8 @@
 """Members of a mixture: whole next-token distributions, run as cheaply as they can be.
 
 `ExpertMembers` are the experts of one DEMix LM, each taken out to the dense program; embeddings and
-all before the first expert FFN are run once for all. A single LM is one member. (Whole LMs of a
-forest come with it, behind the same four methods.)
+all before the first expert FFN are run once for all. A single LM is one member. `WholeMembers` are
+whole LMs of one architecture, the experts of a forest. What uses them sees the same methods.
 """
 
 import dataclasses
@@ -14,6 +14,17 @@ import numpy as np
 from demix import loss
 from demix.layers.attention import mask_bias
 from demix.params import Model
+
+
+def nll(model: Model, params, hidden, targets):
+  """-log p of targets [..., L] by hidden states [..., L, D]."""
+  return loss.nll(hidden, model.output_table(params), targets, model.config.vocab_size,
+                  model.execution.loss_block)
+
+
+def rows(batch: dict) -> dict:
+  """What a batch says of its rows beside tokens and targets, by the names of `apply`."""
+  return {name: batch.get(name) for name in ('segments_BL', 'positions_BL')}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +59,18 @@ class ExpertMembers:
     # One after the other: what is kept of each is small, and the machine is full with one.
     return jax.lax.map(lambda route: what(one.branch(x, route, positions, bias)[0]), routes_K)
 
-  def nll(self, params, hidden_BLD, targets_BL):
-    """-log p of targets, [B, L]."""
-    return loss.nll(hidden_BLD, self.model.output_table(params), targets_BL,
-                    self.model.config.vocab_size, self.model.execution.loss_block)
+  def score(self, params, batch, routes_K, hidden: bool = False):
+    """What `routes_K` make of a batch: -log p of its targets, [K, B, L]; and, if asked for, their
+    hidden states [K, B, L, D], else None."""
+    def what(hidden_BLD):
+      return self.nll(params, hidden_BLD, batch['targets_BL']), hidden_BLD if hidden else None
+    return self.each(params, batch['tokens_BL'], routes_K, what, **rows(batch))
 
-  def logits(self, params, hidden):
+  def nll(self, params, hidden, targets):
+    """-log p of targets [..., L] by hidden states [..., L, D] of any members."""
+    return nll(self.model, params, hidden, targets)
+
+  def logits(self, params, hidden, routes_K=None):
     """[..., D] → float32 [..., V]; padded rows of the table are left out."""
     V = self.model.config.vocab_size
     return loss.logits(hidden, self.model.output_table(params), V)[..., :V]
@@ -112,3 +129,67 @@ class ExpertMembers:
     """The cache of the members `routes_K` alone."""
     rows = jnp.asarray(routes_K)
     return cache | {'rest': jax.tree.map(lambda x: x[:, rows], cache['rest'])}
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeMembers:
+  """Whole LMs of one architecture: their parameters are one running tree, every leaf with a leading
+  axis E.
+
+  Attributes:
+    model: of each. names: E names, in the order of every axis E.
+  """
+  model: Model
+  names: tuple
+
+  @property
+  def context(self) -> int:
+    """The longest text that they can read, in tokens."""
+    return self.model.config.max_length
+
+  @property
+  def _one(self) -> ExpertMembers:
+    return ExpertMembers(self.model)
+
+  def score(self, params, batch, routes_K, hidden: bool = False):
+    """See ExpertMembers.score."""
+    tokens = batch['tokens_BL']
+    def run(route):
+      own = jax.tree.map(lambda x: x[route], params)
+      h, _, _ = self.model.apply(own, tokens, jnp.zeros(tokens.shape[0], jnp.int32), **rows(batch))
+      return nll(self.model, own, h, batch['targets_BL']), h if hidden else None
+    return jax.lax.map(run, routes_K)
+
+  def nll(self, params, hidden, targets):
+    """-log p of targets [E, L] by hidden states [E, L, D], each under its own LM."""
+    return jax.vmap(lambda own, h, t: nll(self.model, own, h, t))(params, hidden, targets)
+
+  def logits(self, params, hidden, routes_K=None):
+    """[K, ..., D] → float32 [K, ..., V]; of all members, or of `routes_K`."""
+    tables = self.model.output_table(params)
+    tables = tables if routes_K is None else tables[routes_K]
+    V = self.model.config.vocab_size
+    return jax.vmap(lambda h, table: loss.logits(h, table, V)[..., :V])(hidden, tables)
+
+  def take(self, params, routes_K) -> tuple['WholeMembers', dict]:
+    """The members `routes_K` (NumPy ints) alone, with their leaves only."""
+    names = tuple(self.names[i] for i in routes_K)
+    if names == self.names:
+      return self, params
+    return WholeMembers(self.model, names), self.keep(params, routes_K)
+
+  def empty(self) -> dict:
+    """A cache without text: that of one LM, with a leading axis E."""
+    return jax.tree.map(lambda x: jnp.zeros((len(self.names), *x.shape), x.dtype),
+                        self._one.empty())
+
+  def advance(self, params, cache, tokens_L, start):
+    """See ExpertMembers.advance."""
+    hidden, cache = jax.vmap(lambda own, kept: self._one.advance(own, kept, tokens_L, start))(
+        params, cache)
+    return hidden[:, 0], cache
+
+  def keep(self, cache: dict, routes_K) -> dict:
+    """The cache of the members `routes_K` alone."""
+    chosen = jnp.asarray(routes_K)
+    return jax.tree.map(lambda x: x[chosen], cache)

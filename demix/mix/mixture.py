@@ -140,30 +140,25 @@ class Scored:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def scored(members, config: MixConfig, params, routes_K, batch, log_prior_KB, full_B):
   """The program behind `Mixture.score`."""
-  segments, positions = batch.get('segments_BL'), batch.get('positions_BL')
-  targets = batch['targets_BL']
+  segments = batch.get('segments_BL')
   mixes_logits = config.combine == 'logits'
-  def what(hidden):
-    nll = members.nll(params, hidden, targets)
-    return (nll, hidden) if mixes_logits else (nll, None)
-  nll_KBL, hidden_KBLD = members.each(params, batch['tokens_BL'], routes_K, what,
-                                      segments_BL=segments, positions_BL=positions)
+  nll_KBL, hidden_KBLD = members.score(params, batch, routes_K, hidden=mixes_logits)
   if config.prior == 'updating':
     log_prior_KB, _ = moving_prior(config, -nll_KBL, full_B, (log_prior_KB[:, 0], jnp.int32(0)))
   weights = log_weights(config, -nll_KBL, log_prior_KB, segments)
   if mixes_logits:
-    logp = mixed_logits(members, params, hidden_KBLD, weights, targets)
+    logp = mixed_logits(members, params, routes_K, hidden_KBLD, weights, batch['targets_BL'])
   else:
     logp = getattr(combine, config.combine)(weights, -nll_KBL)
   return Scored(logp, weights, -nll_KBL)
 
 
-def mixed_logits(members, params, hidden_KBLD, log_weights_KBL, targets_BL):
+def mixed_logits(members, params, routes_K, hidden_KBLD, log_weights_KBL, targets_BL):
   """log p of targets when logits are mixed, [B, L]; row by row, so that [K, B, L, V] is never
   stored."""
   def row(parts):
     hidden_KLD, weights_KL, targets_L = parts
-    logp_LV = combine.logits(weights_KL, members.logits(params, hidden_KLD))
+    logp_LV = combine.logits(weights_KL, members.logits(params, hidden_KLD, routes_K))
     return jnp.take_along_axis(logp_LV, targets_L[:, None], 1)[:, 0]
   return jax.lax.map(row, (jnp.moveaxis(hidden_KBLD, 1, 0), jnp.moveaxis(log_weights_KBL, 1, 0),
                            targets_BL))
