@@ -167,6 +167,42 @@ def mixed_logits(members, params, routes_K, hidden_KBLD, log_weights_KBL, target
 jax.tree_util.register_dataclass(Scored, ['logp_BL', 'log_weights_KBL', 'loglik_KBL'], [])
 
 
+def starting_prior(config: MixConfig, names, log_prior_E=None) -> np.ndarray:
+  """log prior [E] over `names`: the config's own, the one that is given, or uniform.
+
+  Raises:
+    BadInput: fixed weights that are none, or a cached prior that is missing.
+  """
+  if config.prior == 'fixed':
+    log_prior_E = prior.from_weights(config.weights, names)
+  elif config.prior == 'cached' and log_prior_E is None:
+    raise BadInput('mix.prior=cached without a prior: estimate one on dev text (evaluate '
+                   '--mix=cached --save_priors=FILE), name it as --prior=FILE:DOMAIN')
+  elif log_prior_E is None:
+    log_prior_E = prior.uniform(len(names))
+  return np.asarray(log_prior_E, np.float32)
+
+
+def choose(config: MixConfig, names, log_prior_E) -> list[int]:
+  """Which members are run: those of `config.members`, and of them, with a fixed prior, the
+  `config.experts_k` largest.
+
+  Raises:
+    BadInput: an unknown expert, or a k above their number.
+  """
+  for name in config.members:
+    if name not in names:
+      raise BadInput(f'mix.members: no expert {name!r}{nearest(name, names)}')
+  routes = [i for i, name in enumerate(names) if not config.members or name in config.members]
+  for key in ('experts_k', 'weights_k'):
+    if getattr(config, key) > len(routes):
+      raise BadInput(f'mix.{key}={getattr(config, key)} for {len(routes)} experts '
+                     f'({", ".join(names[i] for i in routes)}): at most that many')
+  if config.fixed and config.experts_k:
+    routes = sorted(sorted(routes, key=lambda i: -log_prior_E[i])[:config.experts_k])
+  return routes
+
+
 class Mixture:
   """Members with a prior.
 
@@ -188,25 +224,8 @@ class Mixture:
     config.check()
     self.members, self.params, self.config = members, params, config
     names = members.names
-    for name in config.members:
-      if name not in names:
-        raise BadInput(f'mix.members: no expert {name!r}{nearest(name, names)}')
-    routes = [i for i, name in enumerate(names) if not config.members or name in config.members]
-    for key in ('experts_k', 'weights_k'):
-      if getattr(config, key) > len(routes):
-        raise BadInput(f'mix.{key}={getattr(config, key)} for {len(routes)} experts '
-                       f'({", ".join(names[i] for i in routes)}): at most that many')
-    if config.prior == 'fixed':
-      log_prior_E = prior.from_weights(config.weights, names)
-    elif config.prior == 'cached' and log_prior_E is None:
-      raise BadInput('mix.prior=cached without a prior: estimate one on dev text (evaluate '
-                     '--mix=cached --save_priors=FILE), name it as --prior=FILE:DOMAIN')
-    elif log_prior_E is None:
-      log_prior_E = prior.uniform(len(names))
-    log_prior_E = np.asarray(log_prior_E, np.float32)
-    if config.fixed and config.experts_k:
-      best = sorted(routes, key=lambda i: -log_prior_E[i])[:config.experts_k]
-      routes = sorted(best)
+    log_prior_E = starting_prior(config, names, log_prior_E)
+    routes = choose(config, names, log_prior_E)
     self.routes_K = np.asarray(routes, np.int32)
     self.names = tuple(names[i] for i in routes)
     chosen = log_prior_E[self.routes_K].astype(np.float64)
