@@ -12,7 +12,7 @@ from demix.data.packing import empty_row
 from demix.errors import BadInput
 from demix.generate import Writer
 from demix.mix import prior as priors
-from demix.mix.mixture import MixConfig, Mixture
+from demix.mix.mixture import MixConfig, Mixture, choose, starting_prior
 from demix.sampling import SamplingConfig
 
 _ROWS = 16  # blocks per forward pass
@@ -288,6 +288,7 @@ def load(model: str, mix=None, *, prior=None, data: str = '', given: str = '') -
 def of(loaded: reference.Loaded, config: MixConfig, *, prior=None, data: str = '',
        given: str = '') -> LanguageModel:
   """`load` of what is loaded already."""
+  config.check()
   members, log_prior = loaded.members, None
   if isinstance(prior, str):
     file, _, domain = prior.partition(':')
@@ -301,6 +302,16 @@ def of(loaded: reference.Loaded, config: MixConfig, *, prior=None, data: str = '
   elif prior is not None:
     log_prior = priors.from_weights(prior, members.names)
     config = dataclasses.replace(config, prior='cached')
+  # Of a forest only the experts that run are read.
+  prior_E = starting_prior(config, members.names, log_prior)
+  names = [members.names[i] for i in choose(config, members.names, prior_E)]
+  loaded = loaded.take(names)
+  if loaded.members.names != members.names:
+    kept = [members.names.index(n) for n in loaded.members.names]
+    members, log_prior = loaded.members, prior_E[kept]
+    log_prior = log_prior - np.logaddexp.reduce(log_prior)
+    config = dataclasses.replace(config, members=(), weights={}, prior=(
+        'cached' if config.prior == 'fixed' else config.prior))
   tokenizer = loaded.tokenizer(data)
   symbols, start = domain_symbols(loaded.config), ()
   if symbols is not None:

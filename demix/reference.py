@@ -1,22 +1,27 @@
 """Model references: one syntax wherever a model is named.
 
 `W` is the newest trusted checkpoint of the workdir W, `W@20000` a step, `W#legal` one expert of a
-DEMix LM as a dense LM, `W@20000#legal` both. (`forest:F` and `hf:DIR` come with their work.)
+DEMix LM as a dense LM, `W@20000#legal` both. `forest:F` is all experts of the forest F,
+`forest:F#legal` one of them. (`hf:DIR` comes with its work.)
 """
 
 import dataclasses
+import functools
 import re
 from pathlib import Path
 
 from demix.errors import BadInput
+from demix.settings import nearest
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-  """A parsed model reference: step and expert are None where none is named."""
+  """A parsed model reference: step and expert are None where none is named; `workdir` is the
+  forest's folder where `forest` is true."""
   workdir: Path
   step: int | None = None
   expert: str | None = None
+  forest: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +62,18 @@ class Loaded:
     """Training domains, in the order of routes."""
     return self.config.data.domains
 
+  def given(self, domain: str) -> str | None:
+    """The member that was trained on a domain, or None."""
+    return domain if domain in self.members.names else None
+
+  def counts(self) -> tuple[int, int]:
+    """(total, active) parameters."""
+    return self.model.counts()
+
+  def take(self, names) -> 'Loaded':
+    """Itself: its experts share their parameters."""
+    return self
+
   @property
   def members(self):
     """mix.members.ExpertMembers: the experts, or the LM as the only member."""
@@ -76,16 +93,151 @@ class Loaded:
     return tuple(digests.of_tree(shared | own.get(name, {})) for name in names)
 
 
+@dataclasses.dataclass(frozen=True)
+class LoadedForest:
+  """Experts of a forest as members of a mixture, all of one architecture. Their parameters are read
+  when they are asked for: `take` first, and the others never are.
+
+  Attributes:
+    workdir: the forest's folder. names: of the experts. steps: of their checkpoints.
+    metas: their meta.json. folders: their workdirs. trained: what each was trained on.
+    seed_meta: the seed's meta.json, or None; for the ledger.
+  """
+  workdir: Path
+  names: tuple
+  steps: tuple
+  metas: tuple
+  folders: tuple
+  trained: tuple
+  seed_meta: dict | None
+  expert: str | None = None
+
+  tokenizer = Loaded.tokenizer
+
+  @functools.cached_property
+  def config(self):
+    """The config of the first expert; what mixing needs of it is the same in all."""
+    from demix import settings
+    from demix.config import Config
+    return settings.from_dict(Config, self.metas[0]['config'])
+
+  @functools.cached_property
+  def model(self):
+    """The architecture of every expert."""
+    from demix.params import Model
+    return Model(self.config.model, self.config.execution, self.config.train.compute_dtype)
+
+  @property
+  def members(self):
+    """mix.members.WholeMembers."""
+    from demix.mix.members import WholeMembers
+    return WholeMembers(self.model, self.names)
+
+  @property
+  def member_digests(self) -> tuple:
+    """Content digest of each expert."""
+    from demix import digests
+    return tuple(digests.of_tree({n: leaf['digest'] for n, leaf in meta['leaves'].items()
+                                  if n.startswith('params/')}) for meta in self.metas)
+
+  @functools.cached_property
+  def params(self) -> dict:
+    """The running tree with a leading axis E: every expert's parameters, restored and verified."""
+    import jax
+    import jax.numpy as jnp
+    trees = [load(f'{folder}@{step}').params for folder, step in zip(self.folders, self.steps)]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+  @property
+  def domains(self) -> tuple:
+    """All that the experts and the seed were trained on."""
+    seed = tuple(self.seed_meta['domains']) if self.seed_meta else ()
+    return tuple(dict.fromkeys(d for group in (*self.trained, seed) for d in group))
+
+  @property
+  def step(self) -> int:
+    """The largest of the experts' steps."""
+    return max(self.steps)
+
+  @property
+  def meta(self) -> dict:
+    """As one meta.json: tokenizer, ledger of all phases, digests over the experts'."""
+    from demix import digests
+    metas = [*self.metas, *([self.seed_meta] if self.seed_meta else [])]
+    ledger = {k: sum(m['ledger'][k] for m in metas) for k in ('tokens', 'flops', 'seconds')}
+    return {'tokenizer': self.metas[0]['tokenizer'], 'ledger': ledger,
+            'identity': {n: m['identity'] for n, m in zip(self.names, self.metas)},
+            'content_digest': digests.of_tree(dict(zip(self.names, self.member_digests)))}
+
+  def given(self, domain: str) -> str | None:
+    """The expert that was trained on that domain alone, or None."""
+    return next((n for n, trained in zip(self.names, self.trained) if trained == (domain,)), None)
+
+  def counts(self) -> tuple[int, int]:
+    """(total, active) parameters."""
+    one = self.model.counts()[0]
+    return one * len(self.names), one
+
+  def take(self, names) -> 'LoadedForest':
+    """The forest of these experts only, in its own order."""
+    kept = [i for i, n in enumerate(self.names) if n in names]
+    pick = lambda values: tuple(values[i] for i in kept)
+    return dataclasses.replace(self, **{f: pick(getattr(self, f)) for f in (
+        'names', 'steps', 'metas', 'folders', 'trained')})
+
+
+def load_forest(folder: Path) -> LoadedForest:
+  """The finished experts of a forest, checked against its manifest; no arrays are read.
+
+  Raises:
+    BadInput: no forest, no expert in it, or one whose checkpoint is not what the manifest says.
+    Refused: experts that cannot be mixed; every difference is named.
+  """
+  from demix import checkpoint
+  from demix.errors import Refused
+  from demix.forest import manifest
+  forest = manifest.load(folder)
+  names, steps, metas, folders, trained = [], [], [], [], []
+  for name, entry in forest['experts'].items():
+    if entry.get('kind', 'full') != 'full':
+      continue
+    where = folder / entry['workdir']
+    step = checkpoint.require(where / 'checkpoints', entry['step'])
+    meta = checkpoint.read_meta(where / 'checkpoints', step)
+    if meta['content_digest'] != entry['content_digest']:
+      raise BadInput(f'{where}@{step}: content digest {meta["content_digest"]}, but {folder} names '
+                     f'{entry["content_digest"]} for expert {name}: restore it, or remove it')
+    for values, value in zip((names, steps, metas, folders, trained),
+                             (name, step, meta, where, tuple(entry['domains']))):
+      values.append(value)
+  if not names:
+    raise BadInput(f'{folder}: a forest without finished experts: train one first')
+  differences = []
+  for name, meta in zip(names[1:], metas[1:]):
+    pairs = [('tokenizer', meta['tokenizer'], metas[0]['tokenizer'])]
+    first = metas[0]['config']['model']
+    pairs += [(f'model.{k}', v, first.get(k)) for k, v in meta['config']['model'].items()]
+    differences += [f'{name} {k}={a!r}, {names[0]} {b!r}' for k, a, b in pairs if a != b]
+  if differences:
+    raise Refused(f'forest {folder}: experts that cannot be mixed: {"; ".join(differences)}')
+  seed_meta = manifest.seed_meta(folder, forest)
+  return LoadedForest(folder, *map(tuple, (names, steps, metas, folders, trained)), seed_meta)
+
+
 def parse(text: str) -> Reference:
   """'W@20000#legal' → Reference.
 
   Raises:
     BadInput: not of that form, or a kind of reference that is not built.
   """
-  kind = re.match(r'(forest|hf):', text)
-  if kind:
-    raise BadInput(f'model reference {text!r}: {kind[1]}: references are not built yet; '
+  if text.startswith('hf:'):
+    raise BadInput(f'model reference {text!r}: hf: references are not built yet; '
                    'name a workdir: W, W@STEP or W#EXPERT')
+  if text.startswith('forest:'):
+    found = re.fullmatch(r'forest:(?P<f>[^@#]+)(#(?P<expert>[A-Za-z0-9_-]+))?', text)
+    if not found:
+      raise BadInput(f'model reference {text!r} is not forest:F or forest:F#EXPERT')
+    return Reference(Path(found['f']), None, found['expert'], True)
   found = re.fullmatch(r'(?P<w>[^@#]+)(@(?P<step>\d+))?(#(?P<expert>[A-Za-z0-9_-]+))?', text)
   if not found:
     raise BadInput(f'model reference {text!r} is not W, W@STEP or W#EXPERT')
@@ -102,6 +254,15 @@ def locate(text: str) -> tuple[Reference, Path, int]:
   """
   from demix import catalogue
   ref = parse(text)
+  if ref.forest:
+    if not ref.expert:
+      raise BadInput(f'model {text!r}: a forest is many models; name one expert, {text}#NAME')
+    forest = load_forest(ref.workdir)
+    if ref.expert not in forest.names:
+      raise BadInput(f'model {text!r}: no expert {ref.expert!r}'
+                     f'{nearest(ref.expert, forest.names)}')
+    at = forest.names.index(ref.expert)
+    ref = Reference(forest.folders[at], forest.steps[at])
   directory = ref.workdir / 'checkpoints'
   if not ref.workdir.is_dir():
     raise BadInput(f'model {text!r}: no such workdir {str(ref.workdir)!r}')
@@ -112,13 +273,16 @@ def locate(text: str) -> tuple[Reference, Path, int]:
   return ref, directory, step
 
 
-def load(text: str) -> Loaded:
+def load(text: str) -> 'Loaded | LoadedForest':
   """Loads the model that a reference names, verified.
 
   Raises:
     BadInput: no such workdir, step or expert.
     NothingToLoad: there are checkpoints, but none that can be trusted.
   """
+  named = parse(text)
+  if named.forest and not named.expert:
+    return load_forest(named.workdir)
   ref, directory, step = locate(text)
 
   import jax
@@ -137,4 +301,4 @@ def load(text: str) -> Loaded:
     if config.model.ffn != 'demix':
       raise BadInput(f'model {text!r}: a dense LM has no experts; leave out #{ref.expert}')
     model, params = expert_slice(model, params, ref.expert)
-  return Loaded(model, params, config, meta, step, ref.expert, ref.workdir)
+  return Loaded(model, params, config, meta, step, named.expert, ref.workdir)

@@ -33,7 +33,20 @@ def test_what_is_no_reference_is_refused(text):
     parse(text)
 
 
-@pytest.mark.parametrize('text', ['forest:F', 'hf:DIR'])
+@pytest.mark.parametrize(('text', 'expected'), [
+    ('forest:runs/F', Reference(Path('runs/F'), forest=True)),
+    ('forest:F#legal', Reference(Path('F'), None, 'legal', True))])
+def test_references_to_a_forest(text, expected):
+  assert parse(text) == expected
+
+
+@pytest.mark.parametrize('text', ['forest:', 'forest:F@3', 'forest:F#'])
+def test_what_is_no_reference_to_a_forest_is_refused(text):
+  with pytest.raises(BadInput, match='is not forest:F or forest:F#EXPERT'):
+    parse(text)
+
+
+@pytest.mark.parametrize('text', ['hf:DIR'])
 def test_kinds_that_are_not_built_are_refused(text):
   with pytest.raises(BadInput, match='not built yet'):
     parse(text)

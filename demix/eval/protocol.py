@@ -48,9 +48,11 @@ def evaluate(models: dict, *, data: str = '', domains=(), split: str = 'test', s
     raise BadInput(f'{store.path} has no {split} text{nearest(split, ("train", "valid", "test"))}')
   for name, one in loaded.items():
     check_tokenizer(name, one, store)
-  mixed = [n for n, one in loaded.items() if modes and one.model.config.ffn == 'demix']
+  mixed = [n for n, one in loaded.items() if isinstance(one, reference.LoadedForest)
+           or (modes and one.model.config.ffn == 'demix')]
   if modes and not mixed:
-    raise BadInput(f'--mix: none of {", ".join(loaded)} is a DEMix LM: there is nothing to mix')
+    raise BadInput(f'--mix: none of {", ".join(loaded)} is a DEMix LM or a forest: there is '
+                   'nothing to mix')
   if dump and len(mixed) != 1:
     raise BadInput(f'--dump: {len(mixed)} runs are mixed: name one --model, and --mix')
   runs, rows, seen, mixtures = {}, [], set(), {}
@@ -78,7 +80,7 @@ def check_tokenizer(name, loaded, store):
 
 def run_entry(loaded) -> dict:
   """A run's entry in results.json: the ledger of its checkpoint."""
-  total, active = loaded.model.counts()
+  total, active = loaded.counts()
   ledger = loaded.meta['ledger']
   unearned = [r['expert'] for r in loaded.meta.get('lifecycle', []) if r['operation'] == 'add'
               and r['expert'] in loaded.members.names and not (r['gate'] or {}).get('passed')]
@@ -131,6 +133,7 @@ def mixed_rows(name, loaded, store, domains, split, modes, stride, limit, batch_
                estimated):
   """Rows of results.json for one model, every domain under every mode; and its entry of `mixing`:
   options, the priors that were estimated, the mean weights of experts."""
+  modes = modes or mixing.modes(('given',), (), MixConfig())
   taking = mixing.Dump(loaded.members.names, domains, next(
       (i for i, m in enumerate(modes) if not m.single), 0)) if dump else None
   evaluation = mixing.Evaluation(
@@ -145,8 +148,8 @@ def mixed_rows(name, loaded, store, domains, split, modes, stride, limit, batch_
       done += windows
       progress.update(done)
     for part in parts:
-      given = part.domain if part.domain in loaded.members.names else None
-      found = evaluation.run(part, given, stride=stride, limit=limit, progress=count)
+      found = evaluation.run(part, loaded.given(part.domain), stride=stride, limit=limit,
+                             progress=count)
       for mode, score, single, mass in zip(modes, found.scores, found.members, found.weights):
         mix = f'expert:{single}' if single else 'ensemble'
         rows.append(results.row(name, mix, part.domain, split, score, mode.prior, mode.posterior))
