@@ -249,6 +249,8 @@ class Run:
           log(*self._record(*pending, progress, clock))
         pending = step, out
         stop = self.stop_signal  # read once: one that comes from here on waits for the next step
+        if stop == 'SIGINT':
+          raise KeyboardInterrupt
         evaluate = (train.eval_every and step % train.eval_every == 0) or step == train.steps
         save = ((train.checkpoint_every and step % train.checkpoint_every == 0)
                 or step == train.steps or stop)
@@ -318,10 +320,13 @@ class Run:
 
   @contextlib.contextmanager
   def _signals(self):
-    """SIGTERM and SIGUSR1 ask for a checkpoint and the end of the run."""
+    """SIGTERM and SIGUSR1 ask for a checkpoint and the end of the run, SIGINT for its end: raised
+    inside a save, KeyboardInterrupt can get lost. A second SIGINT is raised where it comes."""
     def ask(number, _):
       self.stop_signal = signal.Signals(number).name
-    old = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGUSR1)}
+      if number == signal.SIGINT:
+        signal.signal(number, signal.default_int_handler)
+    old = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
       yield
     finally:

@@ -7,15 +7,15 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$root"
-long=()
-if [ "${1:-}" = --long ]; then long=(--long); shift; fi
-install_requirements requirements.txt requirements-dev.txt
+long=() notebook=()
+if [ "${1:-}" = --long ]; then long=(--long) notebook=(requirements-notebook.txt); shift; fi
+install_requirements requirements.txt requirements-dev.txt ${notebook[@]+"${notebook[@]}"}
 
 # Tests compile the same small programs often: keep every one of them.
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PLATFORMS=cpu
 started=$SECONDS
 ruff check .
-python -m compileall -q demix configs benchmarks tests
+python -m compileall -q demix configs benchmarks colabs tests
 if [ ${#long[@]} -gt 0 ]; then
   python -m pytest --long -m long --durations=10 "$@"
 else
