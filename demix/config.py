@@ -61,6 +61,8 @@ class InitConfig:
   expert: str = option('', 'expert of that DEMix LM to take out as a dense LM: its name, or '
                            "nearest: the highest posterior on the domain's valid text")
   trainable: str = option('all', 'what is trained: all, or ffn (all else is frozen)')
+  optimizer: str = option('fresh', 'fresh moments and schedule, or continue: moments, count of '
+                          "updates and schedule go on from the model's (BTM; all trained)")
   limit: int = option(200, 'nearest: sequences of valid text it is estimated on; 0: all',
                       operational=True)
 
@@ -69,10 +71,17 @@ class InitConfig:
     if self.trainable not in TRAINABLE:
       raise BadInput(f'init.trainable={self.trainable!r}: no such choice'
                      f'{settings.nearest(self.trainable, TRAINABLE)}')
+    if self.optimizer not in ('fresh', 'continue'):
+      raise BadInput(f'init.optimizer={self.optimizer!r}: no such choice'
+                     f'{settings.nearest(self.optimizer, ("fresh", "continue"))}')
+    if self.optimizer == 'continue' and (self.expert or self.trainable != 'all'):
+      raise BadInput(f'init.optimizer=continue with init.expert={self.expert!r}, init.trainable='
+                     f'{self.trainable}: moments go on for a whole model that is trained whole; '
+                     'give init.optimizer=fresh')
     if self.limit < 0:
       raise BadInput(f'init.limit={self.limit} is below 0: 0 takes all valid text')
     if not self.model:
-      for name, default in (('expert', ''), ('trainable', 'all')):
+      for name, default in (('expert', ''), ('trainable', 'all'), ('optimizer', 'fresh')):
         if getattr(self, name) != default:
           raise BadInput(f'init.{name}={getattr(self, name)!r} without a model to start from: give '
                          '--config.init.model=W')

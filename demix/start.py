@@ -30,7 +30,7 @@ class Start:
     model: its config; of the dense LM where an expert is taken out.
     record: what config.json and meta.json keep as `init`: model (as it was named), workdir, step,
       content_digest (of all its parameters), expert ('' for none), asked, posterior (by expert,
-      where it was estimated).
+      where it was estimated), schedule_steps (of its optimizer).
   """
   model: ModelConfig
   record: dict
@@ -64,6 +64,19 @@ class Start:
     if self.record['expert']:
       return expert_slice(whole.model, whole.params, self.record['expert'])[1]
     return whole.params
+
+  def moments(self, like: dict) -> dict:
+    """The model's optimizer leaves, for a run that continues it.
+
+    Args:
+      like: {name: jax.ShapeDtypeStruct} of all leaves of the run's state.
+
+    Raises:
+      BadInput: the model is gone or another, or has no moments of these leaves.
+    """
+    whole = self._load()
+    like = {n: x for n, x in like.items() if n.startswith('optimizer/')}
+    return checkpoint.restore(whole.workdir / 'checkpoints', whole.step, like)
 
   def describe(self) -> str:
     """One line for people."""
@@ -136,7 +149,8 @@ def find(config: Config, store: TokenStore, saved: dict | None, workdir) -> Star
     model = dataclasses.replace(model, ffn='dense', experts=(), expert_every=1)
   return Start(model, {
       'model': init.model, 'workdir': os.path.abspath(ref.workdir), 'step': step,
-      'content_digest': meta['content_digest'], 'expert': asked, 'asked': asked, 'posterior': None})
+      'content_digest': meta['content_digest'], 'expert': asked, 'asked': asked, 'posterior': None,
+      'schedule_steps': parent.optimizer.schedule_steps})
 
 
 def _check(init: InitConfig, expert: str, config: Config, parent: Config, meta: dict, store):

@@ -5,6 +5,7 @@ moments and step; a run that was killed and started again goes through the same 
 """
 
 import contextlib
+import dataclasses
 import shutil
 import signal
 import time
@@ -126,6 +127,9 @@ class Run:
     there = (workdir / 'config.json').exists()
     saved = load_identity(workdir) if there else None
     self.init = find(config, self.store, load_config(workdir) if there else None, workdir)
+    if self.init and config.init.optimizer == 'continue' and not config.optimizer.schedule_steps:
+      config = dataclasses.replace(config, optimizer=dataclasses.replace(
+          config.optimizer, schedule_steps=self.init.record['schedule_steps']))
     config = complete(config, self.store, saved, self.init and self.init.model)
     self.lineage = {}
     if self.init:
@@ -158,7 +162,16 @@ class Run:
     """(steps done, state, frozen): the newest trusted checkpoint, or a first start."""
     step, where = checkpoint.latest(directory), (self.shardings, self.frozen_shardings)
     here = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+    like = jax.eval_shape(lambda *s: canonical_state(self.model, *s), *self.abstract)
+    like = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for n, x in like.items()}
     if step is None:
+      if self.init and self.config.init.optimizer == 'continue':
+        flat = self.init.moments(like)  # first: the model is let go of with its parameters
+        params = jax.device_put(self.init.parameters(), here)
+        def go_on(params, flat):
+          flat = flat | {f'params/{n}': x for n, x in self.model.canonical(params).items()}
+          return running_state(self.model, flat, self.part)
+        return 0, *jax.jit(go_on, out_shardings=where)(params, flat)
       if self.init:
         first = jax.jit(lambda p: begin(p, self.adamw, self.part), out_shardings=where)
         return 0, *first(jax.device_put(self.init.parameters(), here))
@@ -168,8 +181,6 @@ class Run:
     check_identity(meta['identity'], self.identity, self.workdir)
     self.ledger = meta['ledger']
     self.lineage = {name: meta[name] for name in ('init', 'lifecycle') if name in meta}
-    like = jax.eval_shape(lambda *s: canonical_state(self.model, *s), *self.abstract)
-    like = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for n, x in like.items()}
     flat = checkpoint.restore(directory, step, like)
     stack = jax.jit(lambda flat: running_state(self.model, flat, self.part), out_shardings=where)
     return step, *stack(flat)

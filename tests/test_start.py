@@ -11,10 +11,14 @@ import pytest
 import runs
 
 from demix import checkpoint, metrics
+from demix.data.batches import Batches
 from demix.data.store import TokenStore
 from demix.eval import perplexity
+from demix.optimizer import AdamW
 from demix.reference import load
 from demix.start import nearest_expert
+from demix.state import canonical_state, running_state
+from demix.train import make_step
 
 NOVEL = corpus.NOVEL
 # Weight decay is on (0.1, the default): what is not frozen by structure would move.
@@ -91,7 +95,7 @@ def test_what_was_resolved_is_recorded_and_identity(models, frozen):
   saved = json.loads((frozen / 'config.json').read_text())
   expected = {'model': str(models['demix']), 'workdir': str(models['demix']), 'step': 40,
               'content_digest': parent['content_digest'], 'expert': 'legal', 'asked': 'legal',
-              'posterior': None}
+              'posterior': None, 'schedule_steps': 40}
   assert meta['init'] == saved['init'] == expected
   assert meta['identity'] == saved['identity']
   own = {k: v for k, v in meta['identity'].items() if k.startswith('init.')}
@@ -294,3 +298,64 @@ def test_a_frozen_run_on_a_mesh_is_the_same_run(models, frozen, stores, tmp_path
   trunk = [{n: d for n, d in leaves(w).items() if '/ffn/' not in n}
            for w in (frozen, tmp_path / 'A')]
   assert trunk[0] == trunk[1]
+
+
+# ---- going on with the optimizer ---------------------------------------------------------------
+
+
+def branch(store, workdir, model, **changes):
+  """A dense LM goes on with its moments on one domain."""
+  return runs.train(store, workdir, **dict(
+      init__model=model, init__optimizer='continue', data__domains='verse', data__batch_size=2,
+      train__steps=4, train__checkpoint_every=2, train__max_to_keep=0,
+      optimizer__schedule_steps=0) | changes)
+
+
+def test_a_branch_goes_on_with_moments_count_and_schedule(models, stores, tmp_path):
+  """Its first update is the one that the parent's whole state makes on the branch's first batch."""
+  parent = f'{models["dense"]}@20'
+  ended = branch(stores.bytes, tmp_path / 'B', parent, train__checkpoint_every=1)
+  assert ended.code == 0, ended
+  config = load(str(tmp_path / 'B')).config
+  assert config.optimizer.schedule_steps == 40  # the parent's
+  rates = [row['train/learning_rate'] for row in metrics.read(tmp_path / 'B')]
+  whole = [row['train/learning_rate'] for row in metrics.read(models['dense'])]
+  assert rates == whole[20:24]
+
+  old = load(parent)
+  store = TokenStore.open(stores.bytes)
+  adamw = AdamW(config.optimizer, 40)
+  state, _ = running_state(old.model, checkpoint.restore(
+      models['dense'] / 'checkpoints', 20, {n: jax.ShapeDtypeStruct(*of) for n, of in
+                                            checkpoint.names(models['dense'] / 'checkpoints',
+                                                             20).items()}))
+  batch = Batches(store, config.data, config.seed)[0]
+  step = jax.jit(make_step(old.model, adamw, domains=1, balanced=True))
+  state, _ = step(state, {n: batch[n] for n in ('tokens_BL', 'targets_BL', 'weights_BL',
+                                                'domain_B')}, {})
+  flat = canonical_state(old.model, state)
+  saved = checkpoint.restore(tmp_path / 'B/checkpoints', 1, {
+      n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in flat.items()})
+  assert int(saved['optimizer/count']) == 21
+  for name, leaf in flat.items():
+    np.testing.assert_allclose(saved[name], leaf, rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+def test_a_branch_that_was_stopped_is_the_uninterrupted_one(models, stores, tmp_path):
+  assert branch(stores.bytes, tmp_path / 'whole', models['dense']).code == 0
+  parent = shutil.copytree(models['dense'], tmp_path / 'parent')
+  assert branch(stores.bytes, tmp_path / 'B', parent, train__steps=2).code == 0
+  shutil.rmtree(parent)
+  ended = branch(stores.bytes, tmp_path / 'B', parent)
+  assert ended.code == 0 and 'resumed     at step 2' in ended.out
+  assert runs.digests(tmp_path / 'B') == runs.digests(tmp_path / 'whole')
+
+
+@pytest.mark.parametrize(('changes', 'said'), [
+    ({'init__optimizer': 'contine'}, "did you mean 'continue'"),
+    ({'init__trainable': 'ffn'}, 'trained whole'), ({'init__expert': 'code'}, 'trained whole'),
+    ({'init__model': ''}, 'without a model to start from')])
+def test_what_cannot_go_on_is_refused(models, stores, tmp_path, changes, said):
+  flags = {'init__model': models['demix']} | changes
+  assert said in branch(stores.bytes, tmp_path / 'B', flags.pop('init__model'), **flags).error(2)
+  assert not (tmp_path / 'B/config.json').exists()

@@ -1,14 +1,21 @@
-"""forest: the experts of a DEMix LM; list them, add one, remove one."""
+"""forest: sets of experts: whole LMs that branched from a seed (--forest=F), or the experts of a
+DEMix LM (--model=W)."""
 
 from demix.errors import BadInput
 from demix.settings import nearest
 from demix.verbs.flags import Help, Verb, require
 
-SUMMARY = 'the experts of a DEMix LM: list, add, remove'
+SUMMARY = 'whole LMs branched from a seed (--forest), or the experts of a DEMix LM (--model)'
 ACTIONS = {
-    'list': 'experts, their parameters, where each comes from',
+    'plan': 'writes the plan of a forest: seed, experts, their data, parents, budgets',
+    'run': 'trains and registers what the plan of a forest says and is not done yet',
+    'status': 'plan against manifest and folders of a forest',
+    'tree': 'who branched from whom in a forest',
+    'verify': 'reads every byte of every expert of a forest again',
+    'list': 'experts, where each comes from; of a forest or of a DEMix LM',
     'add': 'the FFNs of a run that started from one expert, as a new expert of a new workdir',
-    'remove': 'a new workdir without one expert, and what still holds it or its data',
+    'remove': 'an expert out of a forest; or a new workdir of a DEMix LM without one expert; and '
+              'what still holds it or its data',
 }
 NEW = 'folder of the new model; must not exist'
 
@@ -26,17 +33,68 @@ def run(argv: list[str]) -> int:
   if action not in ACTIONS:
     raise BadInput(f'forest: no such action {action!r}{nearest(action, ACTIONS)}')
   verb = Verb(f'forest {action}', ACTIONS[action])
-  verb.string('model', '', 'the DEMix LM: W or W@STEP')
-  {'list': _list, 'add': _add, 'remove': _remove}[action](verb, rest)
-  return 0
+  if action in ('list', 'add', 'remove'):
+    verb.string('model', '', 'the DEMix LM: W or W@STEP')
+  if action != 'add':
+    verb.string('forest', '', 'folder of the forest')
+  code = {'list': _list, 'add': _add, 'remove': _remove, 'plan': _plan, 'run': _run,
+          'status': _status, 'tree': _tree, 'verify': _verify}[action](verb, rest)
+  return code or 0
 
 
 def _model(given) -> str:
   return require(given.model, 'model', 'the DEMix LM: W or W@STEP')
 
 
+def _forest(given) -> str:
+  return require(given.forest, 'forest', 'the folder of the forest')
+
+
+def _plan(verb, argv):
+  verb.string('config', '', 'a config file with get_config(arg) that returns a plan: FILE[:ARG]')
+  verb.string('data', '', 'token store that everything in it is trained on')
+  given, _ = verb.parse(argv)
+  from demix.lifecycle import forests
+  from demix.verbs.flags import load_config
+  file = require(given.config, 'config', 'for example configs/forest_quickstart.py')
+  data = require(given.data, 'data', 'the token store that `prepare` wrote')
+  print('\n'.join(forests.write_plan(_forest(given), load_config(file).to_dict(), data, file)))
+
+
+def _run(verb, argv):
+  verb.string('only', '', 'comma-separated names: seed, or experts; all by default')
+  verb.string('data', '', "token store; the plan's by default")
+  given, _ = verb.parse(argv)
+  from demix.grow import grow
+  names = tuple(n.strip() for n in given.only.split(',') if n.strip())
+  grow(_forest(given), only=names, data=given.data)
+
+
+def _status(verb, argv):
+  given, _ = verb.parse(argv)
+  from demix.lifecycle import forests
+  print('\n'.join(forests.status(_forest(given))))
+
+
+def _tree(verb, argv):
+  given, _ = verb.parse(argv)
+  from demix.lifecycle import forests
+  print('\n'.join(forests.tree(_forest(given))))
+
+
+def _verify(verb, argv):
+  given, _ = verb.parse(argv)
+  from demix.lifecycle import forests
+  lines = forests.verify(_forest(given))
+  print('\n'.join(lines))
+
+
 def _list(verb, argv):
   given, _ = verb.parse(argv)
+  if given.forest:
+    from demix.lifecycle import forests
+    print('\n'.join(forests.listed(given.forest)))
+    return
   model = _model(given)
   from demix.lifecycle import listing
   print('\n'.join(listing.experts(model)))
@@ -65,7 +123,11 @@ def _remove(verb, argv):
   verb.string('workdir', '', NEW)
   verb.strings('search', "a folder to look for traces below, besides that of the model's workdir")
   given, _ = verb.parse(argv)
-  model, expert = _model(given), require(given.expert, 'expert', 'the expert to remove')
-  workdir = require(given.workdir, 'workdir', NEW)
+  expert = require(given.expert, 'expert', 'the expert to remove')
+  if given.forest:
+    from demix.lifecycle import forests
+    print('\n'.join(forests.remove(given.forest, expert)))
+    return
+  model, workdir = _model(given), require(given.workdir, 'workdir', NEW)
   from demix.lifecycle.remove import remove
   remove(model, expert, workdir, search=given.search)

@@ -1,0 +1,32 @@
+"""The quick start's forest (Branch-Train-Merge, §3): a seed on all domains, a branch for each.
+
+  python -m demix forest plan --config=configs/forest_quickstart.py --forest=F --data=W/corpus
+  python -m demix forest run --forest=F
+  python -m demix evaluate --model=forest:F --mix
+
+Tokens: half for the seed, an eighth for each of four branches, together exactly those of the dense
+run of configs/quickstart.py. As in the papers a branch makes as many updates as it would have been
+dense's second half, each with a quarter of the sequences; moments and schedule go on.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.quickstart import get_config as dense
+from configs.quickstart_corpus import TRAIN
+
+
+def get_config(share='0.5'):
+  """share: of the updates that train the seed (0.5)."""
+  base = dense('dense').to_dict()
+  steps = base['train']['steps']
+  seed = round(steps * float(share))
+  if not 0 < seed < steps:
+    raise ValueError(f'share {share}: between 0 and 1')
+  rows = base['data']['batch_size'] // len(TRAIN)
+  branch = {'train': {'steps': steps - seed}, 'data': {'batch_size': rows},
+            'init': {'optimizer': 'continue'}}
+  return ConfigDict({
+      'base': base,
+      'seed': {'train': {'steps': seed}, 'optimizer': {'schedule_steps': steps}},
+      'experts': {name: {'domains': (name,), 'parent': 'seed', 'changes': dict(branch)}
+                  for name in TRAIN}})

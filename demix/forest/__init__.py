@@ -1,0 +1,1 @@
+"""The ELMforest: plan, manifest, lineage. Records: nothing here trains or needs JAX."""

@@ -1,0 +1,187 @@
+"""forest.json: which experts a forest has, where they came from and what was measured of them.
+
+F/forest.json  {"version", "plan", "base", "experts": {name: entry}}
+  base         {"workdir", "step", "content_digest"} of the seed, or null
+  entry        {"kind", "parents": {name or "seed": weight}, "domains", "steps", "tokens",
+               "workdir", "step", "content_digest", "fingerprints": {"tokenizer", "data"}, "gate",
+               "artefacts": {}}; workdirs are relative to F
+Edits are read, change, write under the lock of F, with a rename at the end: two writers lose
+nothing, and a kill leaves the old file or the new one. Fields that are not known here survive.
+"""
+
+import contextlib
+import copy
+import re
+import time
+from pathlib import Path
+
+import orjson
+
+from demix import catalogue
+from demix.errors import BadInput, Locked
+from demix.settings import nearest
+from demix.workdir import hold, write_atomic
+
+VERSION = 1
+FILE = 'forest.json'
+SEED = 'seed'
+_NAME = re.compile(r'[A-Za-z0-9_-]+')
+_REQUIRED = ('kind', 'parents', 'domains', 'workdir', 'step', 'content_digest')
+
+
+def empty(plan: dict | None = None) -> dict:
+  """A forest without a seed or experts."""
+  return {'version': VERSION, 'plan': plan, 'base': None, 'experts': {}}
+
+
+def load(folder) -> dict:
+  """The manifest of the forest in `folder`.
+
+  Raises:
+    BadInput: there is none, it is not JSON or of another version, or an entry is not complete.
+  """
+  path = Path(folder) / FILE
+  try:
+    forest = orjson.loads(path.read_bytes())
+  except FileNotFoundError:
+    raise BadInput(f'{folder}: no {FILE}, so no forest; `forest plan` makes one') from None
+  except OSError as e:
+    raise BadInput(f'{path}: cannot be read ({e.strerror})') from None
+  except orjson.JSONDecodeError as e:
+    raise BadInput(f'{path}: not JSON ({e}); restore it from a copy') from None
+  version = forest.get('version') if isinstance(forest, dict) else None
+  if version != VERSION:
+    raise BadInput(f'{path}: version {version!r}, this demix reads {VERSION}')
+  check(forest, path)
+  return forest
+
+
+def check(forest: dict, path):
+  """Raises BadInput for a manifest that cannot be: an incomplete entry, a parent that is not there,
+  weights that are negative or do not sum to 1, a cycle."""
+  experts = forest['experts']
+  for name, entry in experts.items():
+    missing = [k for k in _REQUIRED if k not in entry]
+    if missing or not _NAME.fullmatch(name) or name == SEED:
+      raise BadInput(f'{path}: expert {name!r} has no {", ".join(missing) or "name that can be"}: '
+                     'restore the file from a copy')
+    parents = entry['parents']
+    for parent in parents:
+      if parent != SEED and parent not in experts:
+        raise BadInput(f'{path}: expert {name} has parent {parent!r}, which is not there'
+                       f'{nearest(parent, [SEED, *experts])}')
+    weights = list(parents.values())
+    if parents and (min(weights) < 0 or abs(sum(weights) - 1) > 1e-6):
+      raise BadInput(f'{path}: expert {name} has parents of weight {weights}: at least 0 each, '
+                     'and 1 together')
+  order(forest, path)
+
+
+def order(forest: dict, path='the forest') -> list[str]:
+  """Experts, each behind its parents. BadInput: a cycle; its names are given."""
+  experts, out, under_way = forest['experts'], [], []
+  def visit(name):
+    if name in out or name == SEED:
+      return
+    if name in under_way:
+      cycle = ' → '.join([*under_way[under_way.index(name):], name])
+      raise BadInput(f'{path}: parents go in a circle: {cycle}; mend one of them')
+    under_way.append(name)
+    for parent in experts[name]['parents']:
+      visit(parent)
+    under_way.pop()
+    out.append(name)
+  for name in experts:
+    visit(name)
+  return out
+
+
+@contextlib.contextmanager
+def edit(folder, wait: float = 30.0):
+  """Yields the manifest to change; writes it if the block ends well. Another writer is waited for.
+
+  Raises:
+    Locked: another process held the forest for longer than `wait` seconds.
+    BadInput: what came out cannot be; nothing is changed.
+  """
+  with _held(Path(folder), wait):
+    path = Path(folder) / FILE
+    forest = load(folder) if path.exists() else empty()
+    before = copy.deepcopy(forest)
+    yield forest
+    check(forest, path)
+    if forest != before or not path.exists():
+      try:
+        write_atomic(path, orjson.dumps(forest, option=orjson.OPT_INDENT_2) + b'\n')
+      except OSError as e:
+        raise BadInput(f'{path}: cannot be written ({e.strerror})') from None
+
+
+@contextlib.contextmanager
+def _held(folder: Path, wait: float):
+  end = time.monotonic() + wait
+  with contextlib.ExitStack() as stack:
+    while True:
+      try:
+        stack.enter_context(hold(folder, 'forest'))
+        break
+      except Locked:
+        if time.monotonic() > end:
+          raise
+        time.sleep(0.02)
+    yield
+
+
+def require(forest: dict, name: str, folder) -> dict:
+  """The entry of an expert. BadInput: there is none; the nearest name is given."""
+  if name not in forest['experts']:
+    raise BadInput(f'{folder}: no expert {name!r}{nearest(name, forest["experts"])}')
+  return forest['experts'][name]
+
+
+def free(forest: dict, name: str, folder):
+  """Raises BadInput unless an expert can be called `name`."""
+  if name in forest['experts']:
+    raise BadInput(f'{folder} has an expert {name!r} already: take another name, or remove it')
+  if not _NAME.fullmatch(name) or name == SEED:
+    raise BadInput(f'{name!r} cannot be the name of an expert: letters, digits, _ and -; not '
+                   f'{SEED!r}')
+
+
+def descendants(forest: dict, name: str) -> list[str]:
+  """Experts that come from `name`, nearest first."""
+  out = []
+  for other in order(forest):
+    if any(p == name or p in out for p in forest['experts'][other]['parents']):
+      out.append(other)
+  return out
+
+
+def meta_of(folder, entry: dict) -> dict:
+  """meta.json of an entry's checkpoint. BadInput: it is not there."""
+  return catalogue.read_meta(Path(folder) / entry['workdir'] / 'checkpoints', entry['step'])
+
+
+def seed_meta(folder, forest: dict) -> dict | None:
+  """meta.json of the seed, or None: there is none, or it is not kept here."""
+  try:
+    return meta_of(folder, forest['base']) if forest['base'] else None
+  except BadInput:
+    return None
+
+
+def problems(folder, forest: dict) -> list[str]:
+  """Reads every byte of every checkpoint that the manifest names; one line for each that is amiss:
+  the expert, the file, what is wrong."""
+  out = []
+  entries = {SEED: forest['base']} if forest['base'] else {}
+  for name, entry in (entries | forest['experts']).items():
+    directory = Path(folder) / entry['workdir'] / 'checkpoints'
+    found = catalogue.verify(directory, entry['step'])
+    out += [f'{name}: {directory / str(entry["step"])}: {problem}' for problem in found]
+    if not found:
+      digest = catalogue.read_meta(directory, entry['step'])['content_digest']
+      if digest != entry['content_digest']:
+        out.append(f'{name}: {directory / str(entry["step"])}: content digest {digest}, but {FILE} '
+                   f'says {entry["content_digest"]}')
+  return out
