@@ -28,5 +28,5 @@ def get_config(share='0.5'):
   return ConfigDict({
       'base': base,
       'seed': {'train': {'steps': seed}, 'optimizer': {'schedule_steps': steps}},
-      'experts': {name: {'domains': (name,), 'parent': 'seed', 'changes': dict(branch)}
-                  for name in TRAIN}})
+      'experts': tuple({'name': name, 'domains': (name,), 'parent': 'seed', 'changes': branch}
+                       for name in TRAIN)})

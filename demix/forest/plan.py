@@ -4,6 +4,8 @@ forest.json; `forest run` does what is not done yet.
   {"base": a whole Config, "seed": what of it is different for the seed, or null,
    "experts": {name: {"domains": […], "parent": "seed", "seed@STEP", an expert or "random",
                       "changes": what of the base is different}}}
+
+In a config file `experts` is a list and each has its `name`: a ConfigDict would sort them.
 """
 
 import copy
@@ -15,6 +17,25 @@ from demix.settings import nearest
 
 RANDOM = 'random'
 _PARENT = re.compile(r'([A-Za-z0-9_-]+)(@\d+)?')
+
+
+def named(plan: dict, where: str) -> dict:
+  """A config file's plan with its experts by name, in the order they are listed.
+
+  Raises:
+    BadInput: they are no list, or one has no name or another's.
+  """
+  experts = {}
+  branches = plan.get('experts')
+  if not isinstance(branches, list):
+    raise BadInput(f'{where}: experts are a list of {{"name", "domains", "parent", "changes"}}, '
+                   f'not {type(branches).__name__}')
+  for branch in branches:
+    name = branch.get('name') if isinstance(branch, dict) else None
+    if not isinstance(name, str) or name in experts:
+      raise BadInput(f'{where}: an expert has no name of its own: {branch}')
+    experts[name] = {k: v for k, v in branch.items() if k != 'name'}
+  return plan | {'experts': experts}
 
 
 def check(plan: dict, where: str):

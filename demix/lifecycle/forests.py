@@ -34,7 +34,7 @@ def write_plan(folder, content: dict, data: str, where: str) -> list[str]:
     BadInput: the plan cannot be carried out, the store has not its domains, or experts that are
       registered have another plan.
   """
-  content = _plain(content) | {'data': os.path.abspath(data)}
+  content = plan.named(_plain(content), where) | {'data': os.path.abspath(data)}
   plan.check(content, where)
   store = TokenStore.open(data)
   for name, branch in content['experts'].items():
