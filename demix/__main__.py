@@ -10,6 +10,7 @@ VERBS = {
     'train': 'anything that moves weights; the same workdir again resumes',
     'evaluate': 'perplexity and bits per byte per domain, for one or more models',
     'generate': 'text from a model, one expert or a mixture of experts',
+    'merge': 'parameters of several LMs averaged into one LM',
     'forest': 'the experts of a DEMix LM: list, add, remove',
 }
 

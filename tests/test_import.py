@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 # brings its parts, and `config` stands above the loop, which takes a whole Config.
 LEVELS = (
     'errors settings digests workdir progress',
-    'layers tree loss metrics data',
+    'layers tree loss metrics data merge',
     'transformer sharding optimizer',
     'params',
     'state',

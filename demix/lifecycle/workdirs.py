@@ -112,8 +112,9 @@ def with_domains(config: Config, domains: tuple) -> Config:
   known = {d: data.weights[d] for d in domains if d in data.weights}
   mean = sum(known.values()) / max(1, len(known))
   weights = {d: known.get(d, mean) for d in domains} if data.weights else {}
+  experts = domains if config.model.ffn == 'demix' else ()
   return dataclasses.replace(
-      config, model=dataclasses.replace(config.model, experts=domains),
+      config, model=dataclasses.replace(config.model, experts=experts),
       data=dataclasses.replace(data, domains=domains, batch_size=rows, weights=weights))
 
 
