@@ -29,6 +29,7 @@ import shutil
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,8 @@ def _quiet(record) -> bool:
 def _import_orbax():
   """orbax.checkpoint, kept from printing what it also raises: hundreds of lines for a full disk."""
   import orbax.checkpoint as ocp
+  # What a failed write leaves behind is said when the interpreter ends, by no one in particular.
+  warnings.filterwarnings('ignore', 'coroutine .* was never awaited', RuntimeWarning)
   log = logging.getLogger('absl')
   if _quiet not in log.filters:
     log.addFilter(_quiet)

@@ -32,6 +32,7 @@ ARGS = {
     'quickstart.py': ('', 'dense', 'demix'),
     'mix.py': ('', 'average', 'uniform', 'updating', 'cached', 'released', 'top2', 'decayed',
                'window', 'logits', 'pick'),
+    'forest_quickstart.py': ('', '0.5'),
     'adapt.py': ('', 'demix', 'dense', 'dense_ffn'),
     'quickstart_corpus.py': ('',),
     'laptop.py': ('', 'dense,1m', *(f'{arm}{size}' for size in ('', ',10m') for arm in (
@@ -93,7 +94,7 @@ def test_a_way_of_mixing_can_be(arg):
 
 
 @pytest.mark.parametrize(('name', 'arg'), [
-    c for c in CASES if 'corpus' not in c[0] and c[0] != 'mix.py'])
+    c for c in CASES if c[0] not in ('quickstart_corpus.py', 'mix.py', 'forest_quickstart.py')])
 def test_a_config_builds(name, arg):
   """Its model, optimizer and one update with gradients, traced for the whole batch."""
   config = completed(name, arg)

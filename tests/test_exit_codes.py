@@ -149,7 +149,7 @@ CASES = [
     ('evaluate --model={P}/W@7', 2, 'no checkpoint of step 7 (there: 1, 2)'),
     ('evaluate --model={P}/W#mixed', 2, "no expert 'mixed'"),
     ('evaluate --model={P}/W@', 2, 'is not W, W@STEP or W#EXPERT'),
-    ('evaluate --model=forest:F', 2, 'not built yet'),
+    ('evaluate --model=hf:DIR', 2, 'not built yet'),
     ('evaluate --model={P}/bad', 4, 'no checkpoint can be trusted'),
     ('evaluate --model={P}/one_bad@2', 4, '2 is bad: meta.json'),
     ('evaluate --model={P}/W --data={B}', 2, 'was trained with tokenizer '),

@@ -100,7 +100,7 @@ def test_what_was_resolved_is_recorded_and_identity(models, frozen):
   assert meta['identity'] == saved['identity']
   own = {k: v for k, v in meta['identity'].items() if k.startswith('init.')}
   assert own == {'init.step': 40, 'init.content_digest': parent['content_digest'],
-                 'init.expert': 'legal', 'init.trainable': 'ffn'}
+                 'init.expert': 'legal', 'init.trainable': 'ffn', 'init.optimizer': 'fresh'}
   assert 'init' not in checkpoint.read_meta(models['demix'] / 'checkpoints', 40)
   assert not any(k.startswith('init.') for k in parent['identity'])
 

@@ -1,7 +1,7 @@
 """Whole LMs into one: checkpoints averaged from disk, into a workdir that names its parents.
 
-Moments are averaged with the parameters, so that training goes on from the result. A group of leaves
-of one parent is read at a time; the result is in memory until it is written.
+Moments are averaged with the parameters, so that training goes on from the result. Some leaves of
+one parent are read at a time; the result is in memory until it is written.
 """
 
 import dataclasses

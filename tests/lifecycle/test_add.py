@@ -1,5 +1,6 @@
 """demix/lifecycle/add.py, workdirs.py, listing.py: an expert more, and nothing else changes."""
 
+import dataclasses
 import json
 import shutil
 
@@ -18,6 +19,7 @@ from demix.eval import perplexity
 from demix.lifecycle import workdirs
 from demix.lifecycle.workdirs import with_domains
 from demix.reference import load
+from demix.transformer import ModelConfig
 
 NOVEL = corpus.NOVEL
 FIVE = (*corpus.DOMAINS, NOVEL)
@@ -173,12 +175,14 @@ def test_a_second_expert_from_the_first_one(grown, stores, tmp_path):
      {'a': 2.0, 'b': 2.0, 'c': 2.0, 'd': 6.0, 'e': 3.0})])
 def test_the_config_of_more_domains(data, rows, weights):
   """Balanced: as many rows of each as before; weights: the new one gets the mean share."""
-  config = Config(data=DataConfig(domains=tuple('abcd'), **data))
+  config = Config(model=ModelConfig(ffn='demix'), data=DataConfig(domains=tuple('abcd'), **data))
   more = with_domains(config, tuple('abcde'))
   more.data.check()
   assert (more.data.batch_size, more.data.weights) == (rows, weights)
   assert more.model.experts == more.data.domains == tuple('abcde')
   assert with_domains(more, tuple('abcd')).data == config.data
+  dense = with_domains(dataclasses.replace(config, model=ModelConfig()), tuple('abcde'))
+  assert dense.model.experts == ()
 
 
 def test_what_fails_while_it_is_written_leaves_nothing(models, adapted, tmp_path, monkeypatch):
@@ -250,7 +254,7 @@ def test_all_differences_of_the_trunk_are_counted(models, others, tmp_path):
 
 
 @pytest.mark.parametrize(('argv', 'text'), [
-    ((), 'forest: no action given (known: list, add, remove)'),
+    ((), 'forest: no action given (known: plan, run, status, tree, verify, list, add, remove)'),
     (('ad',), "forest: no such action 'ad' (did you mean 'add'?)"),
     (('list',), '--model is missing'), (('add', '--model=W'), '--expert is missing'),
     (('add', '--model=W', '--expert=a'), '--from is missing'),
