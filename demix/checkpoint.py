@@ -34,7 +34,7 @@ from pathlib import Path
 
 import numpy as np
 
-from demix import digests
+from demix import digests, leaves
 from demix.catalogue import (
   META,
   STEP,
@@ -91,6 +91,7 @@ def _import_orbax():
       if 'DEMIX_TRACEBACK' in os.environ or str(what.exc_value) != 'Event loop is closed':
         others(what)
     sys.unraisablehook = hook
+  leaves.register(ocp)
   return ocp
 
 
@@ -181,6 +182,8 @@ def _leaf(name, leaf):
   import jax
   if isinstance(leaf, np.ndarray):
     leaf = leaf.copy()  # the caller may go on writing into it
+  elif isinstance(leaf, leaves.Later):
+    pass
   elif not isinstance(leaf, jax.Array) or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
     raise BadInput(f'leaf {name!r}: expected an array, got {type(leaf).__name__} '
                    f'{getattr(leaf, "dtype", "")}; save typed keys as jax.random.key_data')
@@ -238,7 +241,8 @@ class Checkpoints:
 
     Args:
       step: >= 0.
-      state: {name: jax.Array or np.ndarray}; must stay valid (not donated) until the save ends.
+      state: {name: jax.Array, np.ndarray or leaves.Later}; must stay valid (not donated) until the
+        save ends.
       meta: what JSON can hold; copied. See the module for the keys that are added.
 
     Raises:
@@ -321,16 +325,21 @@ class Checkpoints:
   def _finish(self, work, step, state, meta):
     """In the background: from Orbax's commit to a checkpoint that exists."""
     try:
-      leaves = {}
+      about, later = {}, []
       while state:  # one by one, so that their memory is free as early as the caller allows
         name, leaf = state.popitem()
-        leaves[name] = {'dtype': np.dtype(leaf.dtype).name, 'shape': list(leaf.shape),
-                        'digest': digests.of_leaf(name, leaf)}
+        about[name] = {'dtype': np.dtype(leaf.dtype).name, 'shape': list(leaf.shape)}
+        if isinstance(leaf, leaves.Later):
+          later.append(leaf)
+        else:
+          about[name]['digest'] = digests.of_leaf(name, leaf)
         del leaf
-      of = {name: leaf['digest'] for name, leaf in leaves.items()}
-      meta |= {'version': VERSION, 'leaves': leaves, 'state_digest': digests.of_tree(of),
-               'content_digest': digests.of_tree(of, 'params/')}
       self._orbax.wait_until_finished()
+      for leaf in later:
+        about[leaf.name]['digest'] = leaf.digest
+      of = {name: leaf['digest'] for name, leaf in about.items()}
+      meta |= {'version': VERSION, 'leaves': about, 'state_digest': digests.of_tree(of),
+               'content_digest': digests.of_tree(of, 'params/')}
       # Orbax writes the absolute path in here; nothing reads it.
       (work / STATE / 'commit_success.txt').write_text('committed\n')
       write_atomic(work / META, digests.canonical(meta))
@@ -341,10 +350,9 @@ class Checkpoints:
       fsync_directory(self.directory)
       self._trusted.add(step)
       self._prune(step)
-    except DemixError as e:
-      self._error = e
     except BaseException as e:
-      self._error = self._failed(work, step, e)
+      failed = self._failed(work, step, e)
+      self._error = e if isinstance(e, DemixError) else failed
 
   def _failed(self, work, step, e) -> DemixError:
     """The error of a save that ended early; what it left is removed, as far as that goes now."""
