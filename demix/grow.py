@@ -4,6 +4,7 @@ Each expert is an ordinary workdir, F/experts/NAME, that needs its own data and 
 branches can be trained in any order, on different machines, and registered when they are there.
 """
 
+import contextlib
 from pathlib import Path
 
 from demix import catalogue, settings, train
@@ -54,11 +55,12 @@ def register(folder: Path, name: str):
         'fingerprints': {'tokenizer': meta['tokenizer'], 'data': meta['data']}}
 
 
-def grow(folder, *, only=(), data: str = '', say=print) -> list[str]:
+def grow(folder, *, only=(), data: str = '', together: bool = False, say=print) -> list[str]:
   """Trains and registers what the plan says and is not done yet; the same again goes on.
 
   Args:
     folder: the forest. only: names; () for all. data: token store; that of the plan by default.
+    together: experts whose parents are there are trained in one process, side by side.
 
   Returns:
     Names that were trained or registered.
@@ -78,7 +80,7 @@ def grow(folder, *, only=(), data: str = '', say=print) -> list[str]:
     if only and name not in only:
       continue
     forest = manifest.load(folder)
-    state, step, wanted = state_of(folder, forest, name)
+    state, step, _ = state_of(folder, forest, name)
     if state == 'registered':
       say(f'{name:<12} is there, step {step}')
       continue
@@ -90,10 +92,33 @@ def grow(folder, *, only=(), data: str = '', say=print) -> list[str]:
         raise BadInput(f'{name} branches from {parent}, which is not trained yet: run it first '
                        f'(--only={parent})')
     if state != 'finished':
-      say(f'{name:<12} to be trained: step {step} of {wanted}')
-      config = config_of(folder, forest, name, data or forest['plan']['data'])
-      with hold(folder / plan.folder_of(name), 'forest') as held:
-        train.run(config, held)
+      group = [name]
+      if together:
+        asked = [n for n in known if not only or n in only]
+        group = [n for n in asked if n == name or ready(folder, forest, n)]
+      _train(folder, forest, group, data or forest['plan']['data'], say)
     register(folder, name)
     done.append(name)
   return done
+
+
+def ready(folder: Path, forest: dict, name: str) -> bool:
+  """Whether an expert is still to be trained and all that it comes from is registered."""
+  parents = plan.parents(forest['plan']['experts'][name]) if name != SEED else ()
+  there = all(forest['base'] if p == SEED else p in forest['experts'] for p in parents)
+  return there and state_of(folder, forest, name)[0] in ('missing', 'training')
+
+
+def _train(folder: Path, forest: dict, group: list[str], data: str, say):
+  """Trains one of the plan, or several side by side, all of whose workdirs are held."""
+  with contextlib.ExitStack() as stack:
+    members = {}
+    for name in group:
+      _, step, wanted = state_of(folder, forest, name)
+      say(f'{name:<12} to be trained: step {step} of {wanted}')
+      held = stack.enter_context(hold(folder / plan.folder_of(name), 'forest'))
+      members[name] = config_of(folder, forest, name, data), held
+    if len(group) == 1:
+      train.run(*members[group[0]])
+    else:
+      train.together(members, say)

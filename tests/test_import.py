@@ -20,6 +20,7 @@ LEVELS = (
     'params',
     'state',
     'step',
+    'together',
     'catalogue checkpoint mix',
     'forest',
     'config',

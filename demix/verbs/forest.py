@@ -64,10 +64,12 @@ def _plan(verb, argv):
 def _run(verb, argv):
   verb.string('only', '', 'comma-separated names: seed, or experts; all by default')
   verb.string('data', '', "token store; the plan's by default")
+  verb.boolean('together', 'experts whose parents are there are trained side by side in this '
+               'process (train.lift says how)')
   given, _ = verb.parse(argv)
   from demix.grow import grow
   names = tuple(n.strip() for n in given.only.split(',') if n.strip())
-  grow(_forest(given), only=names, data=given.data)
+  grow(_forest(given), only=names, data=given.data, together=given.together)
 
 
 def _status(verb, argv):
