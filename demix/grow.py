@@ -105,12 +105,13 @@ def grow(folder, *, only=(), data: str = '', together: bool = False, require_gai
     if state == 'differs':
       raise BadInput(f'{folder / plan.folder_of(name)} is not what {manifest.FILE} says of {name}: '
                      'restore it, or remove the expert')
-    store = data or forest['plan']['data']
+    store, group = data or forest['plan']['data'], [name]
+    if together and state != 'finished':
+      group += [n for n in only or known if n != name and ready(folder, forest, n)]
+    for other in group:
+      if other != SEED:
+        prepare(folder, forest, other, store, say)
     if state != 'finished':
-      group = [name]
-      if together:
-        asked = [n for n in known if not only or n in only]
-        group = [n for n in asked if n == name or ready(folder, forest, n)]
       _train(folder, forest, group, store, say)
     register(folder, name, data=store, require_gain=require_gain, limit=limit, say=say)
     done.append(name)
@@ -143,8 +144,6 @@ def _train(folder: Path, forest: dict, group: list[str], data: str, say):
   with contextlib.ExitStack() as stack:
     members = {}
     for name in group:
-      if name != SEED:
-        prepare(folder, forest, name, data, say)
       _, step, wanted = state_of(folder, forest, name)
       say(f'{name:<12} to be trained: step {step} of {wanted}')
       held = stack.enter_context(hold(folder / plan.folder_of(name), 'forest'))

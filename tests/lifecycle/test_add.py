@@ -254,7 +254,8 @@ def test_all_differences_of_the_trunk_are_counted(models, others, tmp_path):
 
 
 @pytest.mark.parametrize(('argv', 'text'), [
-    ((), 'forest: no action given (known: plan, run, status, tree, verify, list, add, remove)'),
+    ((), 'forest: no action given (known: plan, run, status, tree, verify, list, show, '
+     'add, remove)'),
     (('ad',), "forest: no such action 'ad' (did you mean 'add'?)"),
     (('list',), '--model is missing'), (('add', '--model=W'), '--expert is missing'),
     (('add', '--model=W', '--expert=a'), '--from is missing'),
