@@ -82,13 +82,11 @@ def run_entry(loaded) -> dict:
   """A run's entry in results.json: the ledger of its checkpoint."""
   total, active = loaded.counts()
   ledger = loaded.meta['ledger']
-  unearned = [r['expert'] for r in loaded.meta.get('lifecycle', []) if r['operation'] == 'add'
-              and r['expert'] in loaded.members.names and not (r['gate'] or {}).get('passed')]
   return {'train_tokens': ledger['tokens'], 'train_flops': ledger['flops'],
           'params_total': total, 'params_active': active, 'seconds': ledger['seconds'],
           'config_digest': digest(loaded.meta['identity']), 'seed': loaded.config.seed,
           'step': loaded.step, 'content_digest': loaded.meta['content_digest'],
-          **({'unearned': unearned} if unearned else {})}
+          **({'unearned': loaded.unearned} if loaded.unearned else {})}
 
 
 def rows_of(name, loaded, store, domains, split, stride, limit, batch_size, force) -> list[dict]:

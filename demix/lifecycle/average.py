@@ -29,11 +29,11 @@ HOW = ('uniform', 'posterior', 'argmax')
 _GROUP = 1 << 26  # bytes of leaves that are read at once: a read has a cost of its own
 
 
-def parents_of(models: dict) -> dict:
+def parents_of(models: dict, least: int = 2) -> dict:
   """{name: Saved}; a reference to a forest stands for all its experts.
 
   Raises:
-    BadInput: fewer than two models, or two of one name.
+    BadInput: fewer than `least` models, or two of one name.
   """
   out = {}
   for name, text in models.items():
@@ -45,7 +45,7 @@ def parents_of(models: dict) -> dict:
       if each in out:
         raise BadInput(f'two models are named {each!r}: write OTHER={reference_text}')
       out[each] = _open(reference_text)
-  if len(out) < 2:
+  if len(out) < least:
     raise BadInput(f'{len(out)} models to average: name two or more with --model, or a forest')
   return out
 
@@ -91,17 +91,19 @@ def check(parents: dict, unrelated: bool) -> set:
 
 def posterior(parents: dict, store: TokenStore, domain: str, config: MixConfig):
   """The cached prior (prior.Prior) of the parents on a domain's valid text."""
-  loaded = [reference.load(f'{s.workdir}@{s.step}') for s in parents.values()]
-  stacked = jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *(x.params for x in loaded))
-  members = WholeMembers(loaded[0].model, tuple(parents))
+  first = next(iter(parents.values())).config
+  params = reference.stacked([f'{s.workdir}@{s.step}' for s in parents.values()])
+  model = Model(first.model, first.execution, first.train.compute_dtype)
   evaluation = mixing.Evaluation(
-      members, stacked, [x.meta['content_digest'] for x in loaded], store,
-      (mixing.Mode('cached', config),), length=loaded[0].config.data.sequence_length)
+      WholeMembers(model, tuple(parents)), params,
+      [s.meta['content_digest'] for s in parents.values()], store,
+      (mixing.Mode('cached', config),), length=first.data.sequence_length)
   return evaluation.estimate(domain)[config.posterior]
 
 
 def merge(models: dict, workdir: str, *, weights='uniform', domain: str = '', data: str = '',
-          guard=(), unrelated: bool = False, mix: MixConfig | None = None, say=print) -> dict:
+          guard=(), unrelated: bool = False, mix: MixConfig | None = None, single: bool = False,
+          say=print) -> dict:
   """Averages checkpoints into a new workdir.
 
   Args:
@@ -111,7 +113,7 @@ def merge(models: dict, workdir: str, *, weights='uniform', domain: str = '', da
     data: token store, by default the first model's.
     guard: domains on whose valid text the result may not be worse than its best parent.
     unrelated: average even models without a common ancestor.
-    mix: how the posterior is estimated.
+    mix: how the posterior is estimated. single: one model may be the only one.
 
   Returns:
     {name: weight}.
@@ -122,7 +124,7 @@ def merge(models: dict, workdir: str, *, weights='uniform', domain: str = '', da
   """
   target = Path(workdir)
   check_free(target)
-  parents = parents_of(models)
+  parents = parents_of(models, 1 if single else 2)
   names, first = list(parents), next(iter(parents.values()))
   common = check(parents, unrelated)
   store, used = None, None
