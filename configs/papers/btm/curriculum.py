@@ -5,12 +5,14 @@ domain's valid text.
   python -m demix forest plan --config=configs/papers/btm/curriculum.py:350m --forest=F --data=STORE
   python -m demix forest run --forest=F
 
-STORE holds the 64 domains under these names. Paper: 64 experts of 350M equal a dense 1.3B that took
-2.5 times the compute. The released code has the names; which domains made which round, and the
-budgets of later rounds, are not known to us: here the list's order, and as many updates as an expert
-of the first round, on a schedule of their own. Not run here: only built and checked
+STORE holds the 64 domains under these names. Paper: 64 experts of 350M equal a dense 1.3B that
+took 2.5 times the compute. The released code has the names; which domains made which round, and
+the budgets of later rounds, are not known to us: here the list's order, and as many updates as an
+expert of the first round, on a schedule of their own. Not run here: only built and checked
 (tests/forest/test_plan_configs.py).
 """
+
+import itertools
 
 from ml_collections import ConfigDict
 
@@ -37,7 +39,7 @@ def get_config(size='350m'):
            'optimizer': {'schedule_steps': first['train']['steps']}}
   experts = [{'name': name, 'domains': (name,), 'parent': 'seed', 'changes': first}
              for name in DOMAINS]
-  for before, after in zip(ROUNDS, ROUNDS[1:]):
+  for before, after in itertools.pairwise(ROUNDS):
     experts += [{'name': name, 'domains': (name,), 'parent': 'posterior', 'of': names[:before],
                  'changes': later} for name in names[before:after]]
   return ConfigDict({'base': settings.to_dict(config), 'seed': seed(config),
