@@ -58,6 +58,7 @@ STATE = 'state'
 _ADDED = ('version', 'leaves', 'content_digest', 'state_digest')
 # Orbax gives up on a commit after 20 minutes by default; a big state on a slow disk may need more.
 _TIMEOUT = 4 * 3600
+_CHUNK = 1 << 26  # bytes of a leaf that are compressed at once
 _WORK = '.saving-'  # <step>.saving-<process>-<attempt>: a checkpoint that is being written
 _attempts = itertools.count()
 
@@ -117,7 +118,7 @@ def _nested(leaves: dict) -> dict:
   return tree
 
 
-def restore(directory, step: int, like: dict, *, check: bool = True) -> dict:
+def restore(directory, step: int, like: dict, *, check: bool = True, host: bool = False) -> dict:
   """Restores the leaves asked for, and only those. Does not verify files: see `latest`, `require`.
 
   Args:
@@ -126,9 +127,10 @@ def restore(directory, step: int, like: dict, *, check: bool = True) -> dict:
     like: {name: jax.ShapeDtypeStruct}; its sharding says where the leaf goes (None: the first
       device), whatever mesh it was saved from.
     check: compare the content digest of every restored leaf with meta.json.
+    host: as NumPy arrays, on no device.
 
   Returns:
-    {name: jax.Array} with the names of `like`.
+    {name: jax.Array, or np.ndarray} with the names of `like`.
 
   Raises:
     BadInput: no such checkpoint; or leaves that it lacks or has in another shape or dtype (all
@@ -158,7 +160,9 @@ def restore(directory, step: int, like: dict, *, check: bool = True) -> dict:
   try:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
       tree = orbax.restore((root / STATE).absolute(), args=ocp.args.PyTreeRestore(
-          item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+          item=item, restore_args=jax.tree.map(
+              lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item) if host else
+          ocp.checkpoint_utils.construct_restore_args(item),
           partial_restore=True))
   except Exception as e:  # Orbax and TensorStore raise many kinds, ValueError to XlaRuntimeError
     raise NothingToLoad(f'checkpoint {root}: the arrays cannot be read ({one_line(e)}); '
@@ -263,6 +267,7 @@ class Checkpoints:
     try:
       if self._there(self.directory / str(step), step, state):
         return
+      import jax
       ocp = _import_orbax()
       work.mkdir(parents=True)
       if self._orbax is None:
@@ -271,7 +276,9 @@ class Checkpoints:
                 timeout_secs=_TIMEOUT,
                 # Else, if they cannot be made, Orbax waits 5 minutes for them.
                 create_directories_asynchronously=False))
-      self._orbax.save(work / STATE, args=ocp.args.PyTreeSave(tree))
+      chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK), tree,
+                            is_leaf=lambda x: not isinstance(x, dict))
+      self._orbax.save(work / STATE, args=ocp.args.PyTreeSave(tree, save_args=chunks))
     except Refused:
       raise
     except Exception as e:

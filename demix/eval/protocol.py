@@ -1,5 +1,7 @@
 """The evaluation of several models on the domains of one store: what `evaluate` does."""
 
+import functools
+
 import numpy as np
 
 from demix import reference, settings
@@ -134,9 +136,14 @@ def mixed_rows(name, loaded, store, domains, split, modes, stride, limit, batch_
   modes = modes or mixing.modes(('given',), (), MixConfig())
   taking = mixing.Dump(loaded.members.names, domains, next(
       (i for i, m in enumerate(modes) if not m.single), 0)) if dump else None
+  @functools.lru_cache(1)  # of a forest the last that were asked for stay
+  def pick(names):
+    part = loaded.take(names)
+    return part.members, part.params
   evaluation = mixing.Evaluation(
-      loaded.members, loaded.params, loaded.member_digests, store, modes, batch_size=batch_size,
-      length=loaded.config.data.sequence_length, stored=stored, dump=taking)
+      loaded.members, None, loaded.member_digests, store, modes, batch_size=batch_size,
+      length=loaded.config.data.sequence_length, stored=stored, dump=taking,
+      pick=lambda names: pick(tuple(names)))
   parts = [perplexity.Part(d, split, i) for i, d in enumerate(domains)]
   total = perplexity.windows(store, parts, loaded.config.data.sequence_length, stride, limit)
   rows, priors, weights, done = [], [], {}, 0

@@ -198,9 +198,9 @@ class _Sums:
     sums = {name: average.Sum(name, self.folder if large else '') for name in group}
     count = []
     for parent, (saved, weight) in self.chosen.items():
-      found = checkpoint.restore(saved.directory, saved.step, group)
+      found = checkpoint.restore(saved.directory, saved.step, group, host=True)
       for name in group:
-        array = np.asarray(found.pop(name))
+        array = found.pop(name)
         if name == 'optimizer/count':
           count.append(array)
         else:

@@ -7,7 +7,7 @@ import numpy as np
 
 from demix.errors import BadInput
 
-_BLOCK = 1 << 20  # numbers that are added at once
+_BLOCK = 1 << 17  # numbers that are added at once
 
 
 def check_weights(weights, names) -> np.ndarray:
@@ -52,7 +52,7 @@ class Sum:
         self._sum = np.empty(flat.size)
     for at in range(0, flat.size, _BLOCK):
       part = flat[at:at + _BLOCK].astype(np.float64)
-      if not np.isfinite(part).all():
+      if not np.isfinite(part.sum()):  # a sum of float32 in float64 does not overflow
         raise BadInput(f'{parent}: {self.name} is not finite: leave that model out')
       part *= weight
       if not first:  # not 0 + part, which would make -0.0 another number
