@@ -24,7 +24,7 @@ class Loop:
     stop_signal: name of the signal that came, None for none.
   """
 
-  def __init__(self, runs: list[Run], lift: str = 'queue'):
+  def __init__(self, runs: list[Run], lift: str = 'threads'):
     self.runs, self.lift, self.stop_signal = runs, lift, None
 
   def __call__(self):
