@@ -75,6 +75,7 @@ def test_without_flags_the_defaults():
     ('--config.data.domains=', 'data.domains', []),
     ('--config.data.weights.legal=2', 'data.weights', {'legal': 2}),
     ('--config.data.weights.legal=0.25', 'data.weights', {'legal': 0.25}),
+    ('--config.data.schedule=8 a=4 b=1, 9 a=.5', 'data.schedule', '8 a=4 b=1, 9 a=.5'),
 ])
 def test_an_override_by_dotted_path(flag, path, value):
   changed = settings.flatten(parse(flag))
