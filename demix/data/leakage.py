@@ -3,8 +3,8 @@
 Exact duplicates of whole documents are counted by `duplicates`; here it is passages, runs of 13
 words (GPT-3, appendix C; words as in demix/data/words.py). The evaluation sets' runs are held as
 sorted 64-bit hashes, the train sets pass by once. What does not fit is sampled by hash, the same
-runs everywhere, so shares stay unbiased and memory bounded. Documents of fewer than 13 words have no
-run: only `duplicates` sees those.
+runs everywhere, so shares stay unbiased and memory bounded. Documents of fewer than 13 words have
+no run: only `duplicates` sees those.
 """
 
 import numpy as np
@@ -30,7 +30,8 @@ def runs(chunks, length: int = RUN):
       at = np.arange(count)
       inside = np.flatnonzero(of[:count] == of[length - 1:])
       yield words.polynomial(tail, at, at + length)[inside], of[:count][inside]
-    tail, of = tail[-(length - 1):], of[-(length - 1):]
+    done = max(0, count)
+    tail, of = tail[done:], of[done:]
 
 
 class Held:

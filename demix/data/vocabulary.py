@@ -17,7 +17,7 @@ _SPANS = 32       # … in so many pieces, evenly spaced
 
 
 def spans(total: int, ids: int = _IDS, pieces: int = _SPANS) -> list[tuple[int, int]]:
-  """[(first, past the last)] of evenly spaced pieces of `total` ids, `ids` together; all if fewer."""
+  """[(first, past the last)] of evenly spaced pieces of `total` ids, `ids` in all; or of all."""
   if total <= ids:
     return [(0, total)]
   size, step = ids // pieces, (total - ids // pieces) // (pieces - 1)
@@ -27,7 +27,7 @@ def spans(total: int, ids: int = _IDS, pieces: int = _SPANS) -> list[tuple[int, 
 def counts(store: TokenStore, domain: str, split: str = 'train',
            ids: int = _IDS) -> tuple[np.ndarray, np.ndarray]:
   """(uint64 hashes of words, int64 how often each stands there), most frequent first, equally
-  frequent ones by hash; of a sample of evenly spaced pieces where the split is longer than `ids`."""
+  frequent ones by hash; of evenly spaced pieces where the split is longer than `ids`."""
   parts = spans(len(store.tokens(domain, split)), ids)
   text = words.texts(store, domain, split, spans=parts)
   found = [np.zeros(0, np.uint64), *(w for w, _ in words.hashes(text))]
