@@ -54,7 +54,8 @@ def main():
     folder = Path(folder)
     write(folder / 'in', args.megabytes * 10**6, args.planted)
     if os.fork() == 0:  # so that the peak below is not that of making the store
-      make(folder / 'in', folder / 'out', PrepareConfig(tokenizer=args.tokenizer), lambda line: None)
+      config = PrepareConfig(tokenizer=args.tokenizer)
+      make(folder / 'in', folder / 'out', config, lambda line: None)
       os._exit(0)
     os.wait()
     from demix.data.store import TokenStore
@@ -70,8 +71,9 @@ def main():
             f'{size / 1e6 / cpu:.1f} MB per CPU second; peak memory of the process '
             f'{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3:.0f} MB', flush=True)
       if name == 'leakage':
-        print(f'  planted {args.planted:.2%}, found {found["overlap"][0]["runs"]:.3%} of runs, '
-              f'{found["overlap"][0]["documents"]:.3%} of documents; sampled {found["sampled"]:.3g}')
+        [pair] = found['overlap']
+        print(f'  planted {args.planted:.2%}, found {pair["runs"]:.3%} of runs, '
+              f'{pair["documents"]:.3%} of documents; sampled {found["sampled"]:.3g}')
 
 
 if __name__ == '__main__':

@@ -9,8 +9,8 @@ from corpus_cases import write
 from demix.data import words
 from demix.data.prepare import PrepareConfig, prepare
 
-TEXT = ('The cat, the CAT; héllo wörld_1 foo—bar “quoted” 日本語 text한국、x\u00a0y a。b 😀z\n\n42 4 '
-        "don't (see) e.g. Ünder ünder ")
+TEXT = ('The cat, the CAT; héllo wörld_1 foo—bar “quoted” 日本語 text한국、x\u00a0y a。b 😀z\n\n42 '
+        "4 don't (see) e.g. Ünder ünder ")
 WORD = re.compile(r'[日本語한국😀]|[0-9a-zA-Z_éöÜü]+')  # what stands in TEXT
 KINDS = ('bytes', 'bpe', 'sentencepiece', 'json')
 
