@@ -205,6 +205,8 @@ def identity_of(config: Config, *, data: str, tokenizer: str, init: dict | None 
   out = settings.flatten(config, operational=False)
   if not config.init.model:  # as before there was anything else to start from
     out = {name: value for name, value in out.items() if not name.startswith('init.')}
+  if not config.data.schedule:  # as before shares could change
+    out = {name: value for name, value in out.items() if not name.startswith('data.schedule')}
   return out | (init or {}) | {'data.fingerprint': data, 'tokenizer.fingerprint': tokenizer}
 
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from demix import reference, settings
 from demix.config import digest, domain_symbols
+from demix.data.leakage import flagged
 from demix.data.store import TokenStore
 from demix.errors import BadInput
 from demix.eval import mixing, perplexity, results
@@ -69,7 +70,20 @@ def evaluate(models: dict, *, data: str = '', domains=(), split: str = 'test', s
       rows += rows_of(name, one, store, domains, split, stride, limit, batch_size, force)
   heldout = [d for d in domains if d not in seen]
   seed = next(iter(loaded.values())).config.seed
-  return results.results(runs, rows, seed=seed, heldout=heldout, mixing=mixtures)
+  return results.results(runs, rows, seed=seed, heldout=heldout, mixing=mixtures,
+                         leakage=leaks(loaded, store, domains, split))
+
+
+def leaks(loaded: dict, store, domains, split: str) -> list[dict]:
+  """Which evaluated text stands in text that a run was trained on, as results.json names it.
+
+  The card knows the store's own train text: a run's domain counts where the store has one of its
+  name.
+  """
+  return [{'run': name, 'domain': e['evaluation'].partition('/')[0],
+           'train': e['train'].partition('/')[0], 'runs': e['runs'], 'documents': e['documents']}
+          for name, one in loaded.items()
+          for e in flagged(store.card, one.domains, domains, split)]
 
 
 def check_tokenizer(name, loaded, store):
