@@ -18,7 +18,7 @@ def folder_of(folder: Path) -> Path:
 
 def rows(texts) -> list[dict]:
   """Records of texts, or of supervised (prompt, completion) pairs."""
-  return [{'text': t} if isinstance(t, str) else {'prompt': t[0], 'completion': t[1]}
+  return [{'prompt': t[0], 'completion': t[1]} if isinstance(t, tuple) else {'text': t}
           for t in texts]
 
 

@@ -2,7 +2,7 @@
 
 from demix.data.sources.files import FilePart
 from demix.data.sources.jsonl import parse
-from demix.data.sources.part import FIELDS, Document, Fields, Meter, utf8
+from demix.data.sources.part import FIELDS, Document, Fields, Meter, reason, utf8
 from demix.errors import BadInput
 
 _RECORDS = 64  # read at once
@@ -16,10 +16,9 @@ class ArrayRecord(FilePart):
     self.fields = fields
 
   def records(self, limit, on_bytes):
-    from array_record.python.array_record_module import ArrayRecordReader
     number = 0
     try:
-      reader = ArrayRecordReader(str(self.path))
+      reader = reader_of(self.path)
       total = reader.num_records()
       meter = Meter(self.size, total, on_bytes)
       for start in range(0, total, _RECORDS):
@@ -29,10 +28,20 @@ class ArrayRecord(FilePart):
         meter(number)
       reader.close()
     except (RuntimeError, ValueError, OSError, IndexError) as e:
-      raise BadInput(f'{self.path}:{number + 1}: not an ArrayRecord, or damaged '
-                     f'({str(e).splitlines()[0]}): copy it again') from None
+      raise BadInput(f'{self.path}:{number + 1}: damaged ({reason(e)}): copy it again') from None
     if not number:
       raise BadInput(f'{self.path}: no record in it: remove it')
 
   def document(self, record):
     return self.fields.document(parse(record)) if self.fields.text else Document(utf8(record))
+
+
+def reader_of(path):
+  """The library's reader of a file. BadInput: it is none, or was cut off; the library would give
+  no record of it, or empty ones."""
+  from array_record.python.array_record_module import ArrayRecordReader
+  reader = ArrayRecordReader(str(path))
+  if not reader.ok():
+    raise BadInput(f'{path}: not an ArrayRecord, or damaged (it has no index at its end, as if it '
+                   'were cut off): copy it again')
+  return reader

@@ -7,7 +7,7 @@ as this process's memory until all of the corpus is in it.
 import os
 
 from demix.data.sources.files import FilesPart
-from demix.data.sources.part import Fields, Meter, missing
+from demix.data.sources.part import Fields, Meter, missing, reason
 from demix.errors import BadInput
 from demix.settings import nearest
 
@@ -45,8 +45,8 @@ class HuggingFace(FilesPart):
           yield f'{self}:{number}', record
         meter(number)
     except (pyarrow.ArrowException, OSError) as e:
-      raise BadInput(f'{self}:{number + 1}: its Arrow files are damaged ({e}): save it again') \
-          from None
+      raise BadInput(f'{self}:{number + 1}: its Arrow files are damaged ({reason(e)}): save it '
+                     'again') from None
     if not number:
       raise BadInput(f'{self}: no row in it: leave it out')
 
@@ -96,5 +96,5 @@ def load(reference: str, subset: str) -> dict:
         datasets.load_dataset(reference, subset or None)
   except (OSError, ValueError, RuntimeError) as e:
     raise BadInput(f'{reference}: not a folder of save_to_disk, and no data set with this id can '
-                   f'be had ({" ".join(str(e).split())[:200]})') from None
+                   f'be had ({reason(e)})') from None
   return dict(found) if isinstance(found, dict) else {'train': found}

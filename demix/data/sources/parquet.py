@@ -1,7 +1,7 @@
 """Parquet: one row a document; only the columns of the text are read."""
 
 from demix.data.sources.files import FilePart
-from demix.data.sources.part import FIELDS, Fields, Meter
+from demix.data.sources.part import FIELDS, Fields, Meter, reason
 from demix.errors import BadInput
 from demix.settings import nearest
 
@@ -33,14 +33,10 @@ class Parquet(FilePart):
             yield f'{self.path}:{number}', record
           meter(number)
     except (pyarrow.ArrowException, OSError) as e:
-      raise BadInput(f'{self.path}:{number + 1}: not Parquet, or damaged ({_first(e)}): copy it '
+      raise BadInput(f'{self.path}:{number + 1}: not Parquet, or damaged ({reason(e)}): copy it '
                      'again') from None
     if not number:
       raise BadInput(f'{self.path}: no row in it: remove it')
 
   def document(self, record):
     return self.fields.document(record)
-
-
-def _first(error):
-  return str(error).strip().splitlines()[0].rstrip('.')

@@ -147,6 +147,11 @@ class Meter:
     self._said = read
 
 
+def reason(error: Exception) -> str:
+  """What a library's error says, in a line without a full stop."""
+  return ' '.join(str(error).split())[:200].rstrip('.') or type(error).__name__
+
+
 def missing(package: str, what: str, file: str) -> BadInput:
   """The error for a library that is optional and not there."""
   return BadInput(f'{what} needs {package}, which is not installed: pip install -r {file}')

@@ -9,7 +9,7 @@ import importlib
 import numpy as np
 import xxhash
 
-from demix.data.sources.part import Document, Fields, Part, missing
+from demix.data.sources.part import Document, Fields, Part, missing, reason
 from demix.errors import BadInput
 from demix.settings import nearest
 
@@ -57,7 +57,7 @@ class Seqio(Part):
                                            **options).as_numpy_iterator()
     except Exception as e:  # whatever a user's preprocessors and TensorFlow raise
       raise BadInput(f'{self}: it cannot be run ({type(e).__name__}: '
-                     f'{" ".join(str(e).split())[:300]})') from e
+                     f'{reason(e)})') from e
 
   def document(self, record):
     if self.fields.text not in record:
@@ -107,7 +107,7 @@ def load(reference: str, module: str):
       importlib.import_module(module)
   except Exception as e:
     raise BadInput(f'module {module!r}, which registers SeqIO tasks, cannot be imported '
-                   f'({type(e).__name__}: {e})') from e
+                   f'({type(e).__name__}: {reason(e)})') from e
   names = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
   if reference not in names:
     raise BadInput(f'{reference}: no SeqIO task or mixture of this name'

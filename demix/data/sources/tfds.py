@@ -3,8 +3,9 @@
 import os
 from pathlib import Path
 
+from demix.data.sources.array_record import reader_of
 from demix.data.sources.files import FilesPart
-from demix.data.sources.part import Fields, Meter
+from demix.data.sources.part import Fields, Meter, reason
 from demix.errors import BadInput
 
 _ROWS = 64  # decoded at once
@@ -23,12 +24,14 @@ class Tfds(FilesPart):
     about, folder = builder.info.splits[split], Path(str(builder.data_path))
     super().__init__(name, [*map(str, about.filepaths), folder / 'features.json'])
     self.builder, self.split, self.fields = builder, split, fields
-    self.rows = about.num_examples
+    self.rows, self._shards = about.num_examples, list(map(str, about.filepaths))
 
   def records(self, limit, on_bytes):
     meter, number = Meter(self.size, self.rows, on_bytes), 0
     try:
       source = self.builder.as_data_source(split=self.split)
+      for path in self._shards:  # the library reads a file that was cut off as empty examples
+        reader_of(path).close()
       for start in range(0, len(source), _ROWS):
         for record in source.__getitems__(range(start, min(len(source), start + _ROWS))):
           number += 1
@@ -36,7 +39,7 @@ class Tfds(FilesPart):
         meter(number)
     except (RuntimeError, ValueError, OSError, IndexError, NotImplementedError) as e:
       raise BadInput(f'{self}:{number + 1}: cannot be read without TensorFlow, or is damaged '
-                     f'({" ".join(str(e).split())[:200]}): make it anew with '
+                     f'({reason(e)}): make it anew with '
                      "file_format='array_record'") from None
     if not number:
       raise BadInput(f'{self}: no example in it: leave it out')
@@ -57,6 +60,5 @@ def load(reference: str, data_dir: str = ''):
     builder.download_and_prepare()
     return builder
   except (OSError, ValueError, RuntimeError, ImportError, AttributeError) as e:
-    why = str(e).splitlines()[0] if str(e) else type(e).__name__
     raise BadInput(f'{reference}: not a folder of TFDS (with dataset_info.json), and no data set '
-                   f'of this name can be had ({why})') from None
+                   f'of this name can be had ({reason(e)[:80]})') from None
