@@ -54,7 +54,8 @@ def make_step(model: Model, adamw: AdamW, *, domains: int, balanced: bool, accum
   def step(state, batch, frozen=None):
     frozen = frozen or {}
     tokens_D = jax.ops.segment_sum(batch['weights_BL'].sum(1), batch['domain_B'], domains)
-    total = batch['weights_BL'].sum()
+    # At least 1: a batch may hold nothing but prompts, of which no token is predicted.
+    total = jnp.maximum(batch['weights_BL'].sum(), 1)
     gradient = jax.value_and_grad(weighted_nll, has_aux=True)
     if accumulation == 1:
       (value, nll_D), grads = gradient(state['params'], frozen, batch, total)

@@ -27,7 +27,8 @@ _ENDLESS = 1 << 52  # rows; Grain's own endless datasets are too long for its ba
 class DataConfig:
   """Which domains, how much of each, in what shape."""
   path: str = option('', 'the token store that `prepare` wrote', operational=True)
-  domains: tuple = option((), 'training domains in order; (): all of role train, in store order')
+  domains: tuple = option((), 'training domains in order, a group stands for its leaves; (): all '
+                               'of role train, in store order')
   sampling: str = option('balanced', 'balanced (equal sequences per domain, expert-major), '
                                      'proportional (to size) or weights')
   weights: dict = option({}, 'sampling=weights: share of each domain, --config.data.weights.NAME=2')

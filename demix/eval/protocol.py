@@ -24,7 +24,7 @@ def evaluate(models: dict, *, data: str = '', domains=(), split: str = 'test', s
   Args:
     models: {run name: model reference}.
     data: token store; the first model's own if ''.
-    domains: names; () for all that have the split.
+    domains: names, of groups too; () for all that have the split.
     split, stride, limit, batch_size: see perplexity.evaluate.
     force: expert or <domain> symbol for domains that a model was not trained on; '' takes the one
       with the lowest NLL on the domain's valid text.
@@ -43,6 +43,7 @@ def evaluate(models: dict, *, data: str = '', domains=(), split: str = 'test', s
     raise BadInput(f'--stride={stride} --limit={limit} --batch_size={batch_size}: at least 0, 0, 1')
   loaded = {name: reference.load(ref) for name, ref in models.items()}
   store = TokenStore.open(data or next(iter(loaded.values())).config.data.path)
+  domains = store.leaves(domains)
   for name in domains:
     if split not in store.splits(name):
       raise BadInput(f'{store.path}/{name} has no {split} text')
@@ -71,7 +72,7 @@ def evaluate(models: dict, *, data: str = '', domains=(), split: str = 'test', s
   heldout = [d for d in domains if d not in seen]
   seed = next(iter(loaded.values())).config.seed
   return results.results(runs, rows, seed=seed, heldout=heldout, mixing=mixtures,
-                         leakage=leaks(loaded, store, domains, split))
+                         leakage=leaks(loaded, store, domains, split), groups=store.groups)
 
 
 def leaks(loaded: dict, store, domains, split: str) -> list[dict]:

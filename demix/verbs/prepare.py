@@ -10,10 +10,12 @@ def run(argv: list[str]) -> int:
   from demix.data import documents
   from demix.data.prepare import LOCAL_TEXT, PrepareConfig, prepare
   verb = Verb('prepare', SUMMARY)
-  verb.string('input', '', f'{documents.LAYOUT}; or {LOCAL_TEXT}: text that lies on this machine')
+  verb.string('input', '', f'{documents.LAYOUT}; or {LOCAL_TEXT}: text that lies on this machine; '
+              'with config.corpus the folder that relative paths start from')
   verb.string('out', '', 'folder of the token store; replaced only when inputs or config changed')
   verb.config(PrepareConfig, 'FILE[:ARG]')
   flags, config = verb.parse(argv)
-  prepare(require(flags.input, 'input', f'a folder ({documents.LAYOUT}) or {LOCAL_TEXT}'),
-          require(flags.out, 'out', 'a folder for the token store'), config)
+  input = flags.input if config.corpus else \
+      require(flags.input, 'input', f'a folder ({documents.LAYOUT}) or {LOCAL_TEXT}')
+  prepare(input, require(flags.out, 'out', 'a folder for the token store'), config)
   return 0
