@@ -110,6 +110,11 @@ class Clusterer:
       reading.read(int(i))
     return out
 
+  def before_rows(self, tokenizer, targets_BL, limit: int = 0) -> np.ndarray:
+    """`before` of each row, the evidence of a batch: float32 [K, B, L]."""
+    rows = [self.before(tokenizer, row, limit) for row in np.asarray(targets_BL)]
+    return np.stack(rows).transpose(2, 0, 1)
+
   def take(self, names) -> 'Clusterer':
     """The clusters `names` only, in that order: for evidence, not for assigning."""
     rows = [self.names.index(n) for n in names]

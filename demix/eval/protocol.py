@@ -136,9 +136,12 @@ def mixed_rows(name, loaded, store, domains, split, modes, stride, limit, batch_
   modes = modes or mixing.modes(('given',), (), MixConfig())
   taking = mixing.Dump(loaded.members.names, domains, next(
       (i for i, m in enumerate(modes) if not m.single), 0)) if dump else None
+  near = mixing.clustered(modes)
+  clusterer = loaded.clusterer(near.clusterer) if near else None
   evaluation = mixing.Evaluation(
       loaded.members, loaded.params, loaded.member_digests, store, modes, batch_size=batch_size,
-      length=loaded.config.data.sequence_length, stored=stored, dump=taking)
+      length=loaded.config.data.sequence_length, stored=stored, dump=taking,
+      clusterer=clusterer)
   parts = [perplexity.Part(d, split, i) for i, d in enumerate(domains)]
   total = perplexity.windows(store, parts, loaded.config.data.sequence_length, stride, limit)
   rows, priors, weights, done = [], [], {}, 0
@@ -164,7 +167,7 @@ def mixed_rows(name, loaded, store, domains, split, modes, stride, limit, batch_
       np.savez(f, **taking.arrays())
   order = {mode: i for i, mode in enumerate(dict.fromkeys((m.prior, m.posterior) for m in modes))}
   rows.sort(key=lambda r: order[r['prior'], r['posterior']])
-  one, usual = settings.flatten(modes[0].config), settings.flatten(MixConfig())
+  one, usual = settings.flatten(near or modes[0].config), settings.flatten(MixConfig())
   unusual = {k: v for k, v in one.items() if v != usual[k] and k not in ('prior', 'posterior')}
   return rows, {'options': one, 'unusual': unusual, 'mean_weights': weights,
                 'priors': [prior.entry(p) for p in priors]}
