@@ -5,9 +5,9 @@
 #   launch/cbtm.sh [--workdir DIR] [--corpus DIR] [--clusters 2,4,8] [--steps 600] [--windows 100]
 #
 # Text: what lies on this machine, or 3 MB each of DIR/<domain>/{train,valid,test}.jsonl (--domains
-# a,b: of these only); the labels are hidden and only say how well the clusters agree with them. Every arm sees as many tokens and goes
-# on from the same seed, half of dense. About ten minutes on 2 cores; again with the same DIR it
-# goes on where it was. Ends with the table of the paper's claims.
+# a,b: of these only); the labels are hidden and only say how well the clusters agree with them.
+# Every arm sees as many tokens and goes on from the same seed, half of dense. About ten minutes on
+# 2 cores; again with the same DIR it goes on where it was. Ends with the table of the paper's claims.
 set -euo pipefail
 here="$PWD"
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -20,7 +20,7 @@ while [ $# -gt 0 ]; do
       name="${1%%=*}"; declare "${name#--}=${1#*=}" ;;
     --workdir|--corpus|--clusters|--steps|--windows|--domains)
       [ $# -gt 1 ] || fail "$1 needs a value"; declare "${1#--}=$2"; shift ;;
-    -h|--help) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h|--help) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) fail "unknown argument $1: launch/cbtm.sh [--workdir DIR] [--corpus DIR] [--clusters K,…]" ;;
   esac
   shift

@@ -153,7 +153,7 @@ def test_resampling_has_the_targets_histogram_and_draws_evenly_within_a_cluster(
   general = {n: len(store.tokens(n, 'train')) for n in NAMES}
   for name, w in weight(store, corpus.NOVEL).items():
     assert w * general[name] / sum(general.values()) == pytest.approx(found.get(name, 0))
-  config = DataConfig(domains=tuple(found), sampling='weights', weights=found, sequence_length=16,
+  config = DataConfig(domains=tuple(found), sampling='weights', weights=found, sequence_length=48,
                       batch_size=8)
   batches, drawn, seen = Batches(store, config, 0), np.zeros(len(found)), {}
   count = 40
@@ -166,7 +166,7 @@ def test_resampling_has_the_targets_histogram_and_draws_evenly_within_a_cluster(
   np.testing.assert_allclose(drawn, np.asarray(list(found.values())) * count * 8, atol=2)
   for d, name in enumerate(found):  # no sequence of a cluster twice before all were there
     times = [n for (of, _), n in seen.items() if of == d]
-    assert sum(times) == drawn[d] and max(times) <= -(-drawn[d] // (general[name] // 16))
+    assert sum(times) == drawn[d] and max(times) <= -(-drawn[d] // (general[name] // 48))
 
 
 def test_a_config_resamples_for_a_target(clustered, stores, tmp_path):

@@ -112,6 +112,7 @@ def test_a_random_partition_is_a_hash_and_no_evidence():
                                               for t in texts]
   assert [found.assign(t) for t in texts] != [
       fit(texts, config(kind='random', seed=1)).assign(t) for t in texts]
+  assert [found.assign(w) for w in TOPICS[0].split()] == [0, 3, 1, 2, 1, 1, 3, 1]  # for ever
   assert (found.before(ByteTokenizer(), list(texts[0].encode())) == 0).all()
 
 
