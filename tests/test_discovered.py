@@ -77,6 +77,18 @@ def test_evaluation_mixes_by_what_each_block_says_before_a_token(lm, clustered, 
   assert sum(options['mean_weights']['uniform clusters']['legal'].values()) == pytest.approx(1)
 
 
+def test_a_first_part_that_is_not_scored_can_be_all_that_is_looked_at(lm, tmp_path):
+  """Strided windows: the first 8 tokens of each are context, its weights come from them."""
+  ended = runs.demix('evaluate', f'--model={lm}', '--mix=clusters', '--mix.kernel_tokens=8',
+                     '--stride=24', '--domains=cluster0', f'--dump={tmp_path / "d.npz"}')
+  assert ended.code == 0, ended
+  dump = np.load(tmp_path / 'd.npz')
+  context = (dump['weights_BL'][:, :8] == 0).all(1) & (dump['weights_BL'][:, 8] == 1)
+  assert context.sum() >= len(context) - 2
+  weights = dump['weights_EBL'][:, context]
+  assert (weights[..., 8:] == weights[..., 8:9]).all() and np.ptp(weights[:, :, 8], 1).max() > 0.1
+
+
 def test_python_scores_and_writes_by_clusters_and_looks_at_nothing_later(lm):
   near = demix.load(str(lm), {'posterior': 'clusters'})
   score, other = near.score(TEXT), near.score(TEXT[:40] + 'Z' + TEXT[41:])

@@ -77,10 +77,10 @@ def _present(out):
 
 def documents(source: TokenStore, domain: str, split: str) -> Iterator[np.ndarray]:
   """The ids of each document, its end-of-document id left out."""
-  tokens, start = source.tokens(domain, split), 0
-  for end in source.documents(domain, split)[:, 0]:
+  tokens, start = np.asarray(source.tokens(domain, split)), 0
+  for end in np.asarray(source.documents(domain, split)[:, 0]):
     yield tokens[start:end - 1]
-    start = int(end)
+    start = end
 
 
 def sample(source: TokenStore, count: int) -> list[str]:

@@ -92,7 +92,7 @@ class Tokenizer:
     if len(ids) and not (0 <= int(ids.min()) and int(ids.max()) < self.vocab_size):
       bad = next(int(i) for i in ids if not 0 <= i < self.vocab_size)
       raise BadInput(f'id {bad}: the tokenizer has ids 0 to {self.vocab_size - 1}')
-    return self._decode([int(i) for i in ids if i != self.eod_id])
+    return self._decode(ids[ids != self.eod_id].tolist())
 
   def _decode(self, ids):
     raise NotImplementedError

@@ -181,7 +181,7 @@ def test_written_tokens_have_the_weights_that_scoring_them_gives(config):
 @pytest.mark.parametrize(('config', 'message'), [
     (dict(posterior='clusters', prior='cached'), 'choose uniform or fixed'),
     (dict(posterior='clusters', prior='updating'), 'choose uniform or fixed'),
-    (dict(posterior='clusters', kernel='d3'), "did you mean 'd2'"),
+    (dict(posterior='clusters', kernel='d3'), 'no such choice'),
     (dict(posterior='clusters', kernel_temperature=0.0), 'mix.weights_k=1'),
     (dict(posterior='clusters', kernel_tokens=-1), 'below 0'),
     (dict(posterior='clusters', decay=0.9), 'options of prefix'),
