@@ -155,10 +155,12 @@ def mixed_rows(name, loaded, store, domains, split, modes, stride, limit, batch_
   def pick(names):
     part = loaded.take(names)
     return part.members, part.params
+  near = mixing.clustered(modes)
+  clusterer = loaded.clusterer(near.clusterer) if near else None
   evaluation = mixing.Evaluation(
       loaded.members, None, loaded.member_digests, store, modes, batch_size=batch_size,
       length=loaded.config.data.sequence_length, stored=stored, dump=taking,
-      pick=lambda names: pick(tuple(names)))
+      pick=lambda names: pick(tuple(names)), clusterer=clusterer)
   parts = [perplexity.Part(d, split, i) for i, d in enumerate(domains)]
   total = perplexity.windows(store, parts, loaded.config.data.sequence_length, stride, limit)
   rows, priors, weights, done = [], [], {}, 0
@@ -184,7 +186,7 @@ def mixed_rows(name, loaded, store, domains, split, modes, stride, limit, batch_
       np.savez(f, **taking.arrays())
   order = {mode: i for i, mode in enumerate(dict.fromkeys((m.prior, m.posterior) for m in modes))}
   rows.sort(key=lambda r: order[r['prior'], r['posterior']])
-  one, usual = settings.flatten(modes[0].config), settings.flatten(MixConfig())
+  one, usual = settings.flatten(near or modes[0].config), settings.flatten(MixConfig())
   unusual = {k: v for k, v in one.items() if v != usual[k] and k not in ('prior', 'posterior')}
   return rows, {'options': one, 'unusual': unusual, 'mean_weights': weights,
                 'priors': [prior.entry(p) for p in priors]}
