@@ -69,7 +69,7 @@ def make_step(model: Model, adamw: AdamW, *, domains: int, balanced: bool, accum
     hidden, aux, _ = model.apply(
         params, batch['tokens_BL'], batch['domain_B'], balanced=balanced,
         segments_BL=batch.get('segments_BL'), positions_BL=batch.get('positions_BL'),
-        constrain=keep_rows)
+        constrain=keep_rows, spread=sharding.by_rows_and_heads(mesh))
     nll_BL = loss.nll(hidden, model.output_table(params), batch['targets_BL'], config.vocab_size,
                       model.execution.loss_block)
     nll_B = (nll_BL * batch['weights_BL']).sum(1)
@@ -143,6 +143,7 @@ class Run:
     self.balanced = config.data.sampling == 'balanced'
     self.model = Model(config.model, config.execution, config.train.compute_dtype)
     self.mesh = sharding.make_mesh(config.mesh)
+    config.execution.check_devices(self.mesh.devices.flat)
     sharding.check_rows(self.mesh, config.data.batch_size // config.train.accumulation)
     self.part = TRAINABLE[config.init.trainable]
     self.symbols = domain_symbols(config)
