@@ -27,6 +27,7 @@ LEVELS = (
     'start lifecycle sampling',
     'train generate',
     'grow',
+    'analysis',
     'language_model',
     'multiple_choice',
     'verbs sweep',
