@@ -5,6 +5,7 @@ import math
 from collections import Counter
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from demix import sharding, tree
@@ -14,7 +15,7 @@ from demix.errors import BadInput
 from demix.optimizer import AdamW
 from demix.params import Model
 from demix.state import abstract
-from demix.train import make_step
+from demix.step import make_step
 
 KINDS = ('parameters', 'optimizer', 'batch', 'gradients', 'activations', 'logits')
 
@@ -54,7 +55,7 @@ class Plan:
     return out | {'domain_B': jax.ShapeDtypeStruct((rows,), np.int32)}
 
   def step(self, model: Model, mesh=None):
-    """`train.make_step` with what the config says."""
+    """`step.make_step` with what the config says."""
     c = self.config
     return make_step(model, self.adamw, domains=len(c.data.domains),
                      balanced=c.data.sampling == 'balanced', accumulation=c.train.accumulation,
@@ -127,8 +128,10 @@ def predict(plan: Plan) -> dict:
   for leaf, spec, _ in leaves(plan, state_here['params']).values():
     like[leaf.shape] = plan.sizes['fsdp'] if 'fsdp' in spec else 1
   table = own.config.vocab_size
+  # XLA's CPU backend has no bfloat16 products: it computes in float32 and keeps what it computed.
+  wider = 2 if jax.default_backend() == 'cpu' else 1
   def kind(aval, summed):
-    size = nbytes(aval)
+    size = nbytes(aval) * (wider if aval.dtype == jnp.bfloat16 else 1)
     shape = getattr(aval, 'shape', ())
     if summed and shape in like:
       return 'gradients', size // like[shape]
