@@ -44,7 +44,7 @@ def make_step(model: Model, adamw: AdamW, *, domains: int, balanced: bool, accum
     hidden, aux, _ = model.apply(
         params, batch['tokens_BL'], batch['domain_B'], balanced=balanced,
         segments_BL=batch.get('segments_BL'), positions_BL=batch.get('positions_BL'),
-        constrain=keep_rows)
+        constrain=keep_rows, spread=sharding.by_rows_and_heads(mesh))
     nll_BL = loss.nll(hidden, model.output_table(params), batch['targets_BL'], config.vocab_size,
                       model.execution.loss_block)
     nll_B = (nll_BL * batch['weights_BL']).sum(1)

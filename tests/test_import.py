@@ -30,6 +30,7 @@ LEVELS = (
     'run generate',
     'train',
     'grow',
+    'analysis',
     'language_model',
     'multiple_choice',
     'verbs sweep',
