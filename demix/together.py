@@ -35,13 +35,16 @@ def lift(word: str, programs: list[Program], states: list[tuple[dict, dict]]):
   return Stack(word, programs, states)
 
 
-def chosen(word: str, mesh) -> str:
+def chosen(word: str, program: Program) -> str:
   """One of LIFTS without auto: that is queue on CPU, vmap on accelerators and over an expert axis.
 
   Raises:
-    BadInput: one that the mesh cannot serve.
+    BadInput: one that the mesh cannot serve, or DEMix LMs over the axis that their experts lie on.
   """
-  groups = mesh.shape['expert']
+  groups = program.mesh.shape['expert']
+  if groups > 1 and program.model.config.ffn == 'demix':
+    raise BadInput(f'several DEMix LMs over mesh.expert={groups}: their own experts lie there; '
+                   'train them one after another, or give mesh.expert=1')
   if word == 'auto':
     return 'vmap' if groups > 1 or jax.default_backend() != 'cpu' else 'queue'
   if word != 'vmap' and groups > 1:
@@ -91,7 +94,7 @@ class Stack:
     where = stacked_shardings(program)
     self.states = jax.jit(lambda *trees: jax.tree.map(lambda *x: jnp.stack(x), *trees),
                           out_shardings=where)(*states, *(states[i] for i in self.again))
-    self._step = jax.jit(
+    self.update = jax.jit(
         lifted(word, program), donate_argnums=0, out_shardings=(where[0], None),
         in_shardings=(where[0], NamedSharding(mesh, ROWS), where[1]))
     self._pick = jax.jit(lambda tree, i: jax.tree.map(lambda x: x[i], tree),
@@ -102,7 +105,7 @@ class Stack:
     state, frozen = self.states
     batches = [*batches, *(batches[i] for i in self.again)]
     rows = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
-    state, metrics = self._step(state, rows, frozen)
+    state, metrics = self.update(state, rows, frozen)
     self.states = state, frozen
     read = functools.cache(lambda: jax.device_get(metrics))
     return [lambda i=i: {n: x[i] for n, x in read().items()} for i in range(len(self.programs))]
@@ -128,15 +131,8 @@ def lifted(word: str, program: Program):
 
 
 def stacked_shardings(program: Program) -> tuple[dict, dict]:
-  """Where stacked (state, frozen) lie: split over `expert` by run, else as those of one run.
-
-  Raises:
-    BadInput: a model that has domain experts of its own on that axis.
-  """
-  def over(where: NamedSharding) -> NamedSharding:
-    if 'expert' in where.spec and program.mesh.shape['expert'] > 1:
-      raise BadInput('several DEMix LMs over mesh axis expert: their own experts lie there; train '
-                     'them one after another, or give mesh.expert=1')
-    return NamedSharding(program.mesh, PartitionSpec(
-        'expert', *(None if axis == 'expert' else axis for axis in where.spec)))
+  """Where stacked (state, frozen) lie: split over `expert` by run, else as those of one run."""
+  def over(where: NamedSharding) -> NamedSharding:  # a run's own experts: mesh.expert is 1
+    own = (None if axis == 'expert' else axis for axis in where.spec)
+    return NamedSharding(program.mesh, PartitionSpec('expert', *own))
   return jax.tree.map(over, program.shardings)
