@@ -25,8 +25,8 @@ class TrainConfig:
   steps: int = option(1000, 'updates to train to; more than before goes on', operational=True)
   accumulation: int = option(1, 'micro-batches per update (gradients of the whole batch)')
   compute_dtype: str = option('float32', 'float32, or bfloat16 with float32 master weights')
-  lift: str = option('auto', 'several experts in one process (forest run --together): queue, map, '
-                     'vmap (demix/together.py) or auto', operational=True)
+  lift: str = option('auto', 'several experts in one process (forest run --together): threads, '
+                     'map, vmap (demix/together.py) or auto', operational=True)
   log_every: int = option(10, 'steps between lines of metrics.jsonl', operational=True)
   eval_every: int = option(0, 'steps between evaluations on valid; 0: only at the end',
                            operational=True)
@@ -205,6 +205,8 @@ def identity_of(config: Config, *, data: str, tokenizer: str, init: dict | None 
   out = settings.flatten(config, operational=False)
   if not config.init.model:  # as before there was anything else to start from
     out = {name: value for name, value in out.items() if not name.startswith('init.')}
+  if not config.data.schedule:  # as before shares could change
+    out = {name: value for name, value in out.items() if not name.startswith('data.schedule')}
   return out | (init or {}) | {'data.fingerprint': data, 'tokenizer.fingerprint': tokenizer}
 
 

@@ -24,7 +24,7 @@ class Loop:
     stop_signal: name of the signal that came, None for none.
   """
 
-  def __init__(self, runs: list[Run], lift: str = 'queue'):
+  def __init__(self, runs: list[Run], lift: str = 'threads'):
     self.runs, self.lift, self.stop_signal = runs, lift, None
 
   def __call__(self):
@@ -159,8 +159,8 @@ def together(members: dict[str, tuple[Config, Path]], say=print):
         break
     else:
       if groups:
-        others = [f'{g[0].name} ({"; ".join(differences(g[0], run))})' for g in groups]
-        say(f'{run.name}: apart from {", ".join(others)}')
+        others = [f'{g[0].name}: {"; ".join(differences(g[0], run))}' for g in groups]
+        say(f'{run.name}: apart from {", from ".join(others)}')
       groups.append([run])
   for group in groups:
     for run in group:

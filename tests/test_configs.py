@@ -35,6 +35,7 @@ ARGS = {
     'forest_quickstart.py': ('', '0.5'),
     'adapt.py': ('', 'demix', 'dense', 'dense_ffn'),
     'quickstart_corpus.py': ('',),
+    'upsample.py': ('', 'code', 'code,late', 'code,ramp', 'code,constant'),
     'laptop.py': ('', 'dense,1m', *(f'{arm}{size}' for size in ('', ',10m') for arm in (
         'dense', 'proportional', 'domain_token', 'demix', 'demix_every_second'))),
     **{f'papers/demix/{arm}.py': ('', *SIZES) for arm in (

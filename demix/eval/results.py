@@ -20,8 +20,10 @@ def row(run: str, mix: str, domain: str, split: str, score, prior=None, posterio
           'bits_per_byte': score.bits_per_byte, 'tokens': score.tokens, 'bytes': score.bytes}
 
 
-def results(runs: dict, rows: list, *, seed: int, heldout, mixing: dict | None = None) -> dict:
-  """The whole of results.json; `mixing` ({run: options, priors, weights}) where runs were mixed."""
+def results(runs: dict, rows: list, *, seed: int, heldout, mixing: dict | None = None,
+            leakage=()) -> dict:
+  """The whole of results.json; `mixing` ({run: options, priors, weights}) where runs were mixed,
+  `leakage` ([{run, domain, train, runs, documents}]) where evaluation text stands in train text."""
   import flax
   import grain
   import jax
@@ -32,7 +34,8 @@ def results(runs: dict, rows: list, *, seed: int, heldout, mixing: dict | None =
               'flax': flax.__version__, 'optax': optax.__version__,
               'grain': getattr(grain, '__version__', 'unknown')}
   return {'version': VERSION, 'runs': runs, 'rows': rows, 'seed': seed, 'heldout': list(heldout),
-          'versions': versions} | ({'mixing': mixing} if mixing else {})
+          'versions': versions} | ({'mixing': mixing} if mixing else {}) | (
+              {'leakage': list(leakage)} if leakage else {})
 
 
 def write(path, content: dict):
@@ -75,8 +78,12 @@ def table(content: dict, measure: str = 'perplexity') -> str:
   def values(col, names):
     return [cell[d, col][measure] for d in names if (d, col) in cell]
 
+  leaks = {}
+  for e in content.get('leakage', ()):
+    leaks.setdefault(e['domain'], {})[e['train']] = e['runs']
+
   def show(domain):
-    out = [domain + (' (held out)' if domain in heldout else '')]
+    out = [domain + ('*' if domain in leaks else '') + (' (held out)' if domain in heldout else '')]
     for col in columns:
       found = cell.get((domain, col))
       out.append(f'{found[measure]:.3f}{note(found)}' if found else '-')
@@ -106,6 +113,9 @@ def table(content: dict, measure: str = 'perplexity') -> str:
   if len(columns) > 1:
     lines.append(signs)
   lines += [show(d) for d in domains if d in heldout]
+  for domain, trains in leaks.items():
+    most = ', '.join(f'{x:.1%} in {t}' for t, x in sorted(trains.items(), key=lambda i: -i[1])[:3])
+    notes.append(f'* {domain}: of its runs of 13 words stand in text trained on: {most}')
   for run, entry in content['runs'].items():
     notes += [f'{run}: expert {e} did not beat its parent when it was added (or was not compared)'
               for e in entry.get('unearned', ())]
