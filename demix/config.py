@@ -125,7 +125,7 @@ def complete(config: Config, store: TokenStore, saved: dict | None = None,
   """
   data, model, optimizer = config.data, config.model, config.optimizer
   experts = parent.experts if parent else ()
-  domains = data.domains or experts or tuple(
+  domains = store.leaves(data.domains) or experts or tuple(
       d for d in store.domains if store.roles[d] == 'train')
   if not domains:
     raise BadInput(f'{store.path} has no domain to train on, only novel ones '
@@ -133,7 +133,7 @@ def complete(config: Config, store: TokenStore, saved: dict | None = None,
   for name in domains:
     if name not in store.domains:
       raise BadInput(f'data.domains: {store.path} has no domain {name!r}'
-                     f'{settings.nearest(name, store.domains)}')
+                     f'{settings.nearest(name, (*store.domains, *store.groups))}')
   data = dataclasses.replace(data, domains=domains)
   data.check()
   if not 0 <= config.seed < 1 << 31:
@@ -205,6 +205,8 @@ def identity_of(config: Config, *, data: str, tokenizer: str, init: dict | None 
   out = settings.flatten(config, operational=False)
   if not config.init.model:  # as before there was anything else to start from
     out = {name: value for name, value in out.items() if not name.startswith('init.')}
+  if not config.data.schedule:  # as before shares could change
+    out = {name: value for name, value in out.items() if not name.startswith('data.schedule')}
   return out | (init or {}) | {'data.fingerprint': data, 'tokenizer.fingerprint': tokenizer}
 
 

@@ -105,6 +105,7 @@ class Run:
     self.symbols = domain_symbols(config)
     self.batches = Batches(self.store, config.data, config.seed, symbols=self.symbols)
     mesh = sharding.make_mesh(config.mesh)
+    config.execution.check_devices(mesh.devices.flat)
     sharding.check_rows(mesh, config.data.batch_size // config.train.accumulation,
                         ('data', 'fsdp') if name else sharding.BATCH[0])
     self.program = Program(

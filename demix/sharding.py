@@ -116,6 +116,21 @@ def constraints(mesh: Mesh | None, rows: PartitionSpec = BATCH):
           lambda grads: constrain(grads, shardings(mesh, grads)))
 
 
+def by_rows_and_heads(mesh: Mesh | None):
+  """A kernel (q, k, v [B, H, L, K], segments [B, L] or None) → [B, H, L, K] that GSPMD cannot split
+  → the same, each device running it on its rows and heads."""
+  if mesh is None or mesh.size == 1:
+    return lambda kernel: kernel
+  heads, rows = PartitionSpec(BATCH[0], 'model'), BATCH
+  def spread(kernel):
+    def run(q, k, v, segments):
+      inputs = (q, k, v) if segments is None else (q, k, v, segments)
+      return jax.shard_map(kernel, mesh=mesh, in_specs=(heads, heads, heads, rows)[:len(inputs)],
+                           out_specs=heads, check_vma=False)(*inputs)
+    return run
+  return spread
+
+
 def state_shardings(mesh: Mesh, params) -> dict:
   """Shardings of {'params', 'optimizer'}: moments lie as their parameters do."""
   like = shardings(mesh, params)

@@ -44,7 +44,7 @@ def make_step(model: Model, adamw: AdamW, *, domains: int, balanced: bool, accum
     hidden, aux, _ = model.apply(
         params, batch['tokens_BL'], batch['domain_B'], balanced=balanced,
         segments_BL=batch.get('segments_BL'), positions_BL=batch.get('positions_BL'),
-        constrain=keep_rows)
+        constrain=keep_rows, spread=sharding.by_rows_and_heads(mesh))
     nll_BL = loss.nll(hidden, model.output_table(params), batch['targets_BL'], config.vocab_size,
                       model.execution.loss_block)
     nll_B = (nll_BL * batch['weights_BL']).sum(1)
@@ -54,7 +54,8 @@ def make_step(model: Model, adamw: AdamW, *, domains: int, balanced: bool, accum
   def step(state, batch, frozen=None):
     frozen = frozen or {}
     tokens_D = jax.ops.segment_sum(batch['weights_BL'].sum(1), batch['domain_B'], domains)
-    total = batch['weights_BL'].sum()
+    # At least 1: a batch may hold nothing but prompts, of which no token is predicted.
+    total = jnp.maximum(batch['weights_BL'].sum(), 1)
     gradient = jax.value_and_grad(weighted_nll, has_aux=True)
     if accumulation == 1:
       (value, nll_D), grads = gradient(state['params'], frozen, batch, total)

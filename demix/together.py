@@ -38,13 +38,16 @@ def lift(word: str, programs: list[Program], states: list[tuple[dict, dict]]):
   return Stack(word, programs, states)
 
 
-def chosen(word: str, mesh) -> str:
+def chosen(word: str, program: Program) -> str:
   """One of LIFTS; auto is threads on CPU, vmap on accelerators and over an expert axis.
 
   Raises:
-    BadInput: one that the mesh cannot serve.
+    BadInput: one that the mesh cannot serve, or DEMix LMs over the axis that their experts lie on.
   """
-  groups = mesh.shape['expert']
+  groups = program.mesh.shape['expert']
+  if groups > 1 and program.model.config.ffn == 'demix':
+    raise BadInput(f'several DEMix LMs over mesh.expert={groups}: their own experts lie there; '
+                   'train them one after another, or give mesh.expert=1')
   if word == 'auto':
     return 'vmap' if groups > 1 or jax.default_backend() != 'cpu' else 'threads'
   if word != 'vmap' and groups > 1:
@@ -141,15 +144,8 @@ def lifted(word: str, program: Program):
 
 
 def stacked_shardings(program: Program) -> tuple[dict, dict]:
-  """Where stacked (state, frozen) lie: split over `expert` by run, else as those of one run.
-
-  Raises:
-    BadInput: a model that has domain experts of its own on that axis.
-  """
-  def over(where: NamedSharding) -> NamedSharding:
-    if 'expert' in where.spec and program.mesh.shape['expert'] > 1:
-      raise BadInput('several DEMix LMs over mesh axis expert: their own experts lie there; train '
-                     'them one after another, or give mesh.expert=1')
-    return NamedSharding(program.mesh, PartitionSpec(
-        'expert', *(None if axis == 'expert' else axis for axis in where.spec)))
+  """Where stacked (state, frozen) lie: split over `expert` by run, else as those of one run."""
+  def over(where: NamedSharding) -> NamedSharding:  # a run's own experts: mesh.expert is 1
+    own = (None if axis == 'expert' else axis for axis in where.spec)
+    return NamedSharding(program.mesh, PartitionSpec('expert', *own))
   return jax.tree.map(over, program.shardings)

@@ -158,14 +158,17 @@ def together(members: dict[str, tuple[Config, Path]], say=print):
         group.append(run)
         break
     else:
-      for group in groups:
-        say(f'{run.name}: apart from {group[0].name}: {"; ".join(differences(group[0], run))}')
+      if groups:
+        others = [f'{g[0].name}: {"; ".join(differences(g[0], run))}' for g in groups]
+        say(f'{run.name}: apart from {", from ".join(others)}')
       groups.append([run])
-  for place, group in enumerate(groups):
+  for group in groups:
     for run in group:
       run.program = group[0].program  # equal; so it is compiled once
-    loop = Loop(group, chosen(group[0].config.train.lift, group[0].program.mesh))
+  # All of them now: what one cannot be is said before another trains.
+  loops = [Loop(group, chosen(group[0].config.train.lift, group[0].program)) for group in groups]
+  for loop, after in zip(loops, [*groups[1:], None]):
     loop()
-    if loop.stop_signal and place + 1 < len(groups):
-      raise Preempted(f'{loop.stop_signal}: {groups[place + 1][0].name} is still to be trained; '
-                      'run the same command again to go on')
+    if loop.stop_signal and after:
+      raise Preempted(f'{loop.stop_signal}: {after[0].name} is still to be trained; run the same '
+                      'command again to go on')

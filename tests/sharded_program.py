@@ -146,17 +146,18 @@ def run(case: str) -> dict:
 
 # ---- several runs, each on its own group of devices
 
-BESIDE = {  # name: mesh, runs
-    '8 runs, expert 8': (dict(expert=8), 8),
-    '3 runs, expert 2 data 4': (dict(expert=2), 3),
+BESIDE = {  # name: mesh, runs, micro-batches
+    '8 runs, expert 8': (dict(expert=8), 8, 1),
+    '3 runs, expert 2 data 4': (dict(expert=2), 3, 1),
+    '4 runs, expert 2 data 2 fsdp 2, 2 micro-batches': (dict(expert=2, data=2, fsdp=2), 4, 2),
 }
 
 
 def beside(case: str) -> dict:
   """What two steps of several dense runs communicate, and what each computes there and alone."""
-  axes, count = BESIDE[case]
+  axes, count, accumulation = BESIDE[case]
   model, optimizer = models.tiny('gpt', ffn='dense', **SIZES), models.adamw()
-  program = Program(model, optimizer, '', 1, True, 1,
+  program = Program(model, optimizer, '', 1, True, accumulation,
                     sharding.make_mesh(sharding.MeshConfig(**axes)))
   def fresh(seed):
     params = models.drawn(model, seed)
@@ -164,7 +165,7 @@ def beside(case: str) -> dict:
   batches = [[jax.device_get(models.batch_of(np.zeros(8), L, seed=10 * run + step))
               for run in range(count)] for step in range(2)]
   together.jax = SimpleNamespace(**vars(jax) | {'jit': models.jit})
-  lifted = together.lift(together.chosen('auto', program.mesh), [program] * count,
+  lifted = together.lift(together.chosen('auto', program), [program] * count,
                          [(fresh(run), {}) for run in range(count)])
   rows = {n: np.stack([batches[0][i][n] for i in (*range(count), *lifted.again)])
           for n in batches[0][0]}
