@@ -97,6 +97,11 @@ class Tokenizer:
   def _decode(self, ids):
     raise NotImplementedError
 
+  def spelling_V(self) -> list | None:
+    """What each id adds to a text, as bytes (end of document and other control ids: b''); None
+    where that depends on the ids around it, so that only `decode` knows."""
+    return None
+
 
 class ByteTokenizer(Tokenizer):
   """UTF-8 bytes as ids 0..255; end of document is 256."""
@@ -113,6 +118,9 @@ class ByteTokenizer(Tokenizer):
 
   def _decode(self, ids):
     return bytes(ids).decode('utf-8', 'replace')
+
+  def spelling_V(self):
+    return [bytes([i]) for i in range(256)] + [b'']
 
 
 def read_meta(folder: Path):
@@ -224,6 +232,17 @@ class JsonTokenizer(Tokenizer):
   def _decode(self, ids):
     return self._engine.decode(ids, skip_special_tokens=False)
 
+  def spelling_V(self):
+    if not _byte_level(orjson.loads(self._model)):
+      return None
+    out = [b''] * self.vocab_size
+    byte_of = _byte_alphabet()
+    for token, i in self._engine.get_vocab(with_added_tokens=False).items():
+      out[i] = bytes(byte_of[c] for c in token if c in byte_of)
+    for i, token in self._engine.get_added_tokens_decoder().items():
+      out[i] = b'' if token.special else token.content.encode()
+    return out
+
 
 class BpeTokenizer(JsonTokenizer):
   """Byte-level BPE with GPT-2's pre-tokenizer, trained here; any text comes back unchanged."""
@@ -295,6 +314,15 @@ class SentencePieceTokenizer(Tokenizer):
   def _decode(self, ids):
     return self._engine.decode(ids)
 
+  def spelling_V(self):
+    engine, out = self._engine, [b''] * self.vocab_size
+    for i in range(engine.piece_size()):
+      if engine.is_byte(i):
+        out[i] = bytes([int(engine.id_to_piece(i)[3:5], 16)])  # <0xE2>
+      elif not (engine.is_control(i) or engine.is_unknown(i) or engine.is_unused(i)):
+        out[i] = engine.id_to_piece(i).replace('\u2581', ' ').encode()
+    return out
+
 
 def _kind(name):
   return {c.kind: c for c in (ByteTokenizer, BpeTokenizer, JsonTokenizer,
@@ -353,10 +381,21 @@ def _unknown_of(spec):
   return model['vocab'].get(model.get('unk_token')) if isinstance(model['vocab'], dict) else None
 
 
+def _byte_level(spec):
+  decoder = spec.get('decoder') or {}
+  return any(d.get('type') == 'ByteLevel' for d in decoder.get('decoders', [decoder]))
+
+
+def _byte_alphabet():
+  """{character: byte} of byte-level vocabularies: printable Latin-1 as it is, the rest from 256."""
+  plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  others = [b for b in range(256) if b not in plain]
+  return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
 def _token_bytes(spec, engine, size):
   """int32 [size]: see Tokenizer.token_bytes_V."""
-  model, decoder = spec['model'], spec.get('decoder') or {}
-  byte_level = any(d.get('type') == 'ByteLevel' for d in decoder.get('decoders', [decoder]))
+  model, byte_level = spec['model'], _byte_level(spec)
   out = np.zeros(size, np.int32)
   for token, i in engine.get_vocab(with_added_tokens=False).items():
     if byte_level:  # one character of the alphabet per byte

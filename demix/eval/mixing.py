@@ -153,7 +153,7 @@ class Evaluation:
   """All modes for one model on the domains of one store.
 
   Args:
-    members, params: mix.members.ExpertMembers and their parameters.
+    members, params: mix.members.ExpertMembers and their parameters; with `pick`, params is None.
     digests: content digest of each member, for the priors.
     store: an open token store.
     modes: columns.
@@ -162,16 +162,18 @@ class Evaluation:
     stored: cached priors by (domain, posterior) that are used instead of estimating; domain '' is
       any.
     dump: a Dump that takes the arrays, or None.
+    pick: names of members → (members, params) with these and perhaps others: what is read from disk
+      only when it is needed.
     clusterer: for modes whose evidence is clusters: a data.clusterer.Clusterer whose centres are
       those of the members.
   """
 
   def __init__(self, members, params, digests, store: TokenStore, modes, *, length: int,
-               batch_size: int = 32, stored=None, dump=None, clusterer=None):
-    self.dump, self.clusterer = dump, clusterer
+               batch_size: int = 32, stored=None, dump=None, pick=None, clusterer=None):
+    self.dump, self.pick = dump, pick or (lambda names: (members, params))
+    self.members, self.digests, self.clusterer = members, digests, clusterer
     if clusterer:
       self._tokenizer, self._seen = store.tokenizer(), clustered(modes).kernel_tokens
-    self.members, self.params, self.digests = members, params, digests
     self.store, self.modes, self.length = store, modes, length
     self.names, self.stored = members.names, stored or {}
     base = modes[0].config
@@ -191,6 +193,12 @@ class Evaluation:
     self.static = tuple(dataclasses.replace(
         m.config, members=(), weights={}, experts_k=0, clusterer='', prior=m.config.prior if (
             m.config.prior in ('none', 'updating')) else 'uniform') for m in modes)
+
+  def _read(self, routes):
+    """Members, parameters and places among them of the members `routes`."""
+    names = [self.names[i] for i in routes]
+    members, params = self.pick(names)
+    return members, params, np.asarray([members.names.index(n) for n in names], np.int32)
 
   # ---- development text ------------------------------------------------------------------------
 
@@ -218,11 +226,11 @@ class Evaluation:
                    for c in configs.values())
     states = [(jnp.asarray(prior.uniform(R)), jnp.int32(0)) for _ in static]
     total = np.zeros(R)
+    members, params, routes = self._read(self.taking_part)
     for batch, used, full in batches(stream, count, self.length, self.batch_size):
       full[used:] = False
       arrays = {n: batch[n] for n in ('tokens_BL', 'targets_BL')}
-      part, states = read_dev(self.members, static, self.params, self.taking_part, arrays, full,
-                              states)
+      part, states = read_dev(members, static, params, routes, arrays, full, states)
       total += np.asarray(part, np.float64)
     entry = self.store.card['domains'][domain]['splits'][split]
     nll = tuple(float(x) for x in -total / (count * self.length))
@@ -260,6 +268,7 @@ class Evaluation:
     estimated = self.estimate(domain) if needs_dev else {}
     priors = estimated | stored
     routes, places, log_priors, singles = self._plan(names, priors, given)
+    members, params, rows = self._read(routes)
     states = [(jnp.asarray(lp), jnp.int32(0)) for lp in log_priors]
     stream = Stream(self.store, domain, part.split, self.length, stride=stride, partial=True)
     if not len(stream):
@@ -288,8 +297,8 @@ class Evaluation:
         distances_EBL = self.clusterer.before_rows(self._tokenizer, batch['targets_BL'],
                                                    self._seen)
         arrays['distances_RBL'] = batch['distances_RBL'] = distances_EBL[routes]
-      loglik, out = read(self.members, self.static, self.params, routes, arrays, full, log_priors,
-                         places, states)
+      loglik, out = read(members, self.static, params, rows, arrays, full, log_priors, places,
+                         states)
       states = [o[3] for o in out]
       if pending:
         collect(*pending)
@@ -327,7 +336,7 @@ class Evaluation:
       chosen.append(mine)
       singles.append(None if single is None else names[single])
     # Members that no mode needs are not run; as many for every domain, so one program does.
-    same = len(self.modes) == 1 and not self.modes[0].single and not self.dump
+    same = len(self.modes) == 1 and not self.dump
     run = chosen[0] if same else np.arange(count)
     places = [np.searchsorted(run, mine).astype(np.int32) for mine in chosen]
     return self.taking_part[run], places, log_priors, singles

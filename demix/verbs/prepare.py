@@ -14,14 +14,16 @@ def run(argv: list[str]) -> int:
   from demix.data.clusters import DiscoverConfig
   from demix.data.prepare import LOCAL_TEXT, PrepareConfig, prepare
   verb = Verb('prepare', SUMMARY)
-  verb.string('input', '', f'{documents.LAYOUT}; or {LOCAL_TEXT}: text that lies on this machine')
+  verb.string('input', '', f'{documents.LAYOUT}; or {LOCAL_TEXT}: text that lies on this machine; '
+              'with config.corpus the folder that relative paths start from')
   verb.string('out', '', 'folder of the token store; replaced only when inputs or config changed')
   verb.config(PrepareConfig, 'FILE[:ARG]')
   verb.config(DiscoverConfig, 'K', 'discover', 'K, or a config file: find K clusters in the '
               'documents, whatever their labels, and make them the domains (c-BTM); --input may be '
               'a token store')
   flags, config = verb.parse(argv)
-  input = require(flags.input, 'input', f'a folder ({documents.LAYOUT}) or {LOCAL_TEXT}')
+  input = flags.input if config.corpus else \
+      require(flags.input, 'input', f'a folder ({documents.LAYOUT}) or {LOCAL_TEXT}')
   out = require(flags.out, 'out', 'a folder for the token store')
   clusters = _clusters(verb, flags.discover_words)
   if clusters is None:
