@@ -23,6 +23,13 @@ class Blank:
   def roles(self) -> dict:
     return dict.fromkeys(self.domains, 'train')
 
+  @property
+  def groups(self) -> dict:
+    return {}
+
+  def leaves(self, names) -> tuple:
+    return tuple(names)
+
 
 def completed(config: Config, vocab_size: int, experts: int) -> Config:
   """The config with the sizes of its store, or of one that is made up."""
