@@ -32,10 +32,13 @@ SIZES = ('125m', '350m', '760m', '1.3b')
 ARGS = {
     'quickstart.py': ('', 'dense', 'demix'),
     'mix.py': ('', 'average', 'uniform', 'updating', 'cached', 'released', 'top2', 'decayed',
-               'window', 'logits', 'pick'),
+               'window', 'logits', 'pick', 'clusters', 'clusters_released', 'clusters_top2'),
     'forest_quickstart.py': ('', '0.5'),
+    'forest_clusters.py': ('', '4'),
+    'importance.py': ('',),
     'adapt.py': ('', 'demix', 'dense', 'dense_ffn'),
     'quickstart_corpus.py': ('',),
+    'upsample.py': ('', 'code', 'code,late', 'code,ramp', 'code,constant'),
     'corpora/demix_eight.py': ('', '600e6'),
     'laptop.py': ('', 'dense,1m', *(f'{arm}{size}' for size in ('', ',10m') for arm in (
         'dense', 'proportional', 'domain_token', 'demix', 'demix_every_second'))),
@@ -98,7 +101,8 @@ def test_a_way_of_mixing_can_be(arg):
 
 @pytest.mark.parametrize(('name', 'arg'), [
     c for c in CASES if c[0] not in (
-        'quickstart_corpus.py', 'corpora/demix_eight.py', 'mix.py', 'forest_quickstart.py')])
+        'quickstart_corpus.py', 'corpora/demix_eight.py', 'mix.py', 'forest_quickstart.py',
+        'forest_clusters.py')])
 def test_a_config_builds(name, arg):
   """Its model, optimizer and one update with gradients, traced for the whole batch."""
   config = completed(name, arg)

@@ -15,7 +15,7 @@ import orjson
 import xxhash
 
 from demix import settings
-from demix.data import documents, duplicates, store, tokenizer
+from demix.data import anonymise, documents, duplicates, leakage, store, tokenizer, vocabulary
 from demix.data.building import Building, synced
 from demix.data.card import text as card_text
 from demix.data.sources import corpus
@@ -23,6 +23,7 @@ from demix.data.sources.part import Document
 from demix.errors import BadInput
 from demix.progress import Progress, quantity
 from demix.settings import option
+from demix.workdir import write_atomic
 
 MAX_SAMPLE = 64 << 20
 LOCAL_TEXT = 'local_text'
@@ -48,6 +49,8 @@ class PrepareConfig:
   novel: tuple = option((), 'domains for evaluation and adaptation only (role novel)')
   max_record_bytes: int = option(16 << 20, 'bytes of one record (a line, a .txt file)')
   on_bad_record: str = option('fail', 'fail, or skip: leave unreadable records out and count them')
+  anonymise: tuple = option((), 'what to replace by placeholders: all, or some of '
+                                f'{", ".join(anonymise.KINDS)}')
   max_bytes: int = option(0, "bytes of text to take of each domain's train split; 0: all")
 
 
@@ -85,6 +88,8 @@ def prepare(input, out, config: PrepareConfig = PrepareConfig(), say=print) -> s
       building = stack.enter_context(Building(out))  # says now if nothing can be written there
     sources, inputs = _sources(domains, made, config, str(input))
     if building is None and present.card['inputs'] == inputs:
+      if _compare(present, present.card):
+        write_atomic(out / store.CARD, orjson.dumps(present.card, option=orjson.OPT_INDENT_2))
       say(f'{out}: nothing to do, it is the store of these inputs and settings '
           f'(fingerprint {present.fingerprint})')
       return present
@@ -94,6 +99,7 @@ def prepare(input, out, config: PrepareConfig = PrepareConfig(), say=print) -> s
     card = _fill(building.path, sources, made, config, notes.append)
     card |= {'inputs': inputs, 'config': described, 'fingerprint': store.card_fingerprint(card)}
     _unchanged(sources)
+    _compare(store.TokenStore(building.path, card, made.meta(), made.token_bytes_V), card)
     building.publish(store.CARD, orjson.dumps(card, option=orjson.OPT_INDENT_2))
   say('\n'.join([card_text(card), *notes]))
   say(f'\n{out}: a token store of {made.vocab_size} ids, fingerprint {card["fingerprint"]}')
@@ -110,12 +116,21 @@ def _check(config):
     value = getattr(config, key)
     if not low <= value <= high:
       raise BadInput(f'config.{key}: {value} is not from {low} to {high}')
+  anonymise.check(config.anonymise)
   path, kind = config.tokenizer_path, config.tokenizer
   if kind in ('json', 'sentencepiece') and not path:
     raise BadInput(f'config.tokenizer_path: missing, but tokenizer {kind!r} is a file: name it')
   if kind in ('bytes', 'bpe') and path:
     raise BadInput(f'config.tokenizer_path: {path!r}, but tokenizer {kind!r} has no file: set '
                    '--config.tokenizer=json or sentencepiece, or leave it out')
+
+
+def _compare(opened, card) -> bool:
+  """Adds to the card what splits and domains have in common; False where it is there already."""
+  if 'leakage' in card:
+    return False
+  card |= {'leakage': leakage.leakage(opened), 'vocabulary': vocabulary.vocabulary(opened)}
+  return True
 
 
 def _existing_tokenizer(config):
@@ -145,6 +160,8 @@ def _local_text(out, config):
 def _described(config):
   """The settings as a card has them; of a path only the name, so that a card names no machine."""
   described = settings.to_dict(config) | {'tokenizer_path': Path(config.tokenizer_path).name}
+  if not config.anonymise:  # as cards were before there was such a thing
+    del described['anonymise']
   if not described.pop('corpus'):  # as cards were before there was anything but folders
     return orjson.loads(orjson.dumps(described))
   described['corpus'] = corpus.described(config.corpus)
@@ -234,7 +251,7 @@ def _sample(source, share, config, progress):
   heap, total, bound = [], 0, 1 << 64
   cut = min(share, _SAMPLE_DOCUMENT)
   reader = _reader(config, progress)
-  for _, data in reader.texts(source.splits['train']):
+  for _, data in _anonymised(reader.documents(source.splits['train']), config.anonymise, {}):
     key = xxhash.xxh3_64_intdigest(data)
     if key >= bound:
       continue
@@ -251,6 +268,19 @@ def _reader(config, progress):
   return documents.Reader(config.max_record_bytes, config.on_bad_record == 'skip', progress)
 
 
+def _anonymised(read, kinds, counts):
+  """Documents as they are without `kinds`; else with placeholders, counted in `counts`."""
+  for document, data in read:
+    if kinds:
+      if document.ids:
+        raise BadInput(f'config.anonymise={",".join(kinds)} with a source of tokens: it is done '
+                       'before tokens are made; leave one of them out')
+      prompt, *rest = (anonymise.replace(t, kinds, counts) for t in _spoken(document))
+      document = Document(prompt + ''.join(rest), prompt if rest else '')
+      data = document.text.encode()
+    yield document, data
+
+
 def _fill(folder, sources, made, config, say):
   """Writes tokens, documents and the tokenizer into `folder`; returns what the card says of it."""
   made.save(folder / 'tokenizer')
@@ -263,7 +293,7 @@ def _fill(folder, sources, made, config, say):
         name = f'{source.name}/{split}'
         hashes[name] = folder / 'hashes' / f'{len(hashes)}'
         limit = config.max_bytes if split == 'train' else 0
-        entries[split] = _Split(folder / name, hashes[name], made).write(
+        entries[split] = _Split(folder / name, hashes[name], made, config.anonymise).write(
             name, files, _reader(config, progress), limit, say)
       domains[source.name] = {'role': 'novel' if source.name in config.novel else 'train',
                               **{k: v for k in ('group', 'licence') if (v := getattr(source, k))},
@@ -285,8 +315,9 @@ class _Split:
   """Writes tokens.bin, documents.npy and, where documents have prompts, prompts.npy of one split;
   and the digests of its documents."""
 
-  def __init__(self, folder, hashes, made):
+  def __init__(self, folder, hashes, made, anonymise=()):
     folder.mkdir(parents=True)
+    self._kinds = anonymise
     self._folder, self._hashes, self._tokenizer = folder, hashes, made
     self._dtype = store.token_dtype(made.vocab_size)
     self._tokens = self._documents = self._bytes = self._spelt = self._unknown = 0
@@ -295,7 +326,7 @@ class _Split:
   def write(self, name, parts, reader, limit, say) -> dict:
     """Writes the documents of `parts` until `limit` bytes of text (0: all); returns the card's
     entry."""
-    digests = xxhash.xxh3_128(), xxhash.xxh3_128(), xxhash.xxh3_128()
+    digests, counts = (xxhash.xxh3_128(), xxhash.xxh3_128(), xxhash.xxh3_128()), {}
     with open(self._folder / 'tokens.bin', 'wb') as tokens, \
         open(self._folder / 'documents.npy', 'wb') as table, \
         open(self._folder / 'prompts.npy', 'wb') as prompts, open(self._hashes, 'wb') as hashes:
@@ -303,7 +334,8 @@ class _Split:
       for file, about in shapes.items():
         _header(file, 0, *about)
       starts = {file: file.tell() for file in shapes}
-      for batch, data in _batches(reader.documents(parts), limit):
+      found = _anonymised(reader.documents(parts), self._kinds, counts)
+      for batch, data in _batches(found, limit):
         arrays = self._encode(batch, [len(d) for d in data])
         for file, array, digest in zip((tokens, table, prompts), arrays, digests):
           file.write(array)
@@ -323,6 +355,8 @@ class _Split:
     entry = {'documents': self._documents, 'bytes': self._bytes, 'tokens': self._tokens,
              'tokens_per_byte': self._tokens / self._bytes, 'skipped': reader.bad + reader.empty,
              'tokens_digest': digests[0].hexdigest(), 'documents_digest': digests[1].hexdigest()}
+    if self._kinds:
+      entry['anonymised'] = counts
     if self._prompted:
       entry |= {'prompt_tokens': self._prompted, 'prompts_digest': digests[2].hexdigest()}
     return entry

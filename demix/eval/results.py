@@ -21,8 +21,9 @@ def row(run: str, mix: str, domain: str, split: str, score, prior=None, posterio
 
 
 def results(runs: dict, rows: list, *, seed: int, heldout, mixing: dict | None = None,
-            groups: dict | None = None) -> dict:
-  """The whole of results.json; `mixing` ({run: options, priors, weights}) where runs were mixed;
+            leakage=(), groups: dict | None = None) -> dict:
+  """The whole of results.json; `mixing` ({run: options, priors, weights}) where runs were mixed,
+  `leakage` ([{run, domain, train, runs, documents}]) where evaluation text stands in train text,
   `groups` ({group: leaves}) where domains have parents."""
   import flax
   import grain
@@ -35,6 +36,7 @@ def results(runs: dict, rows: list, *, seed: int, heldout, mixing: dict | None =
               'grain': getattr(grain, '__version__', 'unknown')}
   return {'version': VERSION, 'runs': runs, 'rows': rows, 'seed': seed, 'heldout': list(heldout),
           'versions': versions} | ({'mixing': mixing} if mixing else {}) | (
+              {'leakage': list(leakage)} if leakage else {}) | (
               {'groups': summed} if (summed := group_rows(rows, groups or {})) else {})
 
 
@@ -106,8 +108,12 @@ def table(content: dict, measure: str = 'perplexity') -> str:
   def values(col, names):
     return [cell[d, col][measure] for d in names if (d, col) in cell]
 
+  leaks = {}
+  for e in content.get('leakage', ()):
+    leaks.setdefault(e['domain'], {})[e['train']] = e['runs']
+
   def show(domain):
-    out = [domain + (' (held out)' if domain in heldout else '')]
+    out = [domain + ('*' if domain in leaks else '') + (' (held out)' if domain in heldout else '')]
     for col in columns:
       found = cell.get((domain, col))
       out.append(f'{found[measure]:.3f}{note(found)}' if found else '-')
@@ -139,6 +145,9 @@ def table(content: dict, measure: str = 'perplexity') -> str:
   lines += [show(d) for d in domains if d in heldout]
   lines += [[f'group {line[0]}', *line[1:]] for g in dict.fromkeys(r['domain'] for r in groups)
             if (line := show(g))]
+  for domain, trains in leaks.items():
+    most = ', '.join(f'{x:.1%} in {t}' for t, x in sorted(trains.items(), key=lambda i: -i[1])[:3])
+    notes.append(f'* {domain}: of its runs of 13 words stand in text trained on: {most}')
   for run, entry in content['runs'].items():
     notes += [f'{run}: expert {e} did not beat its parent when it was added (or was not compared)'
               for e in entry.get('unearned', ())]
