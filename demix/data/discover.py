@@ -44,6 +44,9 @@ def discover(source, out, config: DiscoverConfig, say=print) -> TokenStore:
   """
   config.check()
   source, out = TokenStore.open(source), Path(out).resolve()
+  if any(source.prompts(d, s) is not None for d in source.domains for s in source.splits(d)):
+    raise BadInput(f'{source.path}: it has prompts, which clusters do not keep: discover domains '
+                   'in plain text')
   given = Clusterer.load(config.clusterer) if config.clusterer else None
   Building.check_place(out)
   Building.recover(out)
