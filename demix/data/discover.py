@@ -49,6 +49,11 @@ def discover(source, out, config: DiscoverConfig, say=print) -> TokenStore:
   Building.recover(out)
   if source.path.resolve() == out:
     raise BadInput(f'--out={out} is the store that is read: name another folder')
+  for domain in source.domains:
+    for split in source.splits(domain):
+      if source.prompts(domain, split) is not None:
+        raise BadInput(f'{source.path}/{domain}/{split} has prompts, which clusters do not keep: '
+                       'discover clusters of plain text')
   described = {'discover': settings.to_dict(config) | {
       'clusterer': given.fingerprint if given else ''}}
   inputs = {f'{d}/{s}': source.card['domains'][d]['splits'][s]['tokens_digest']

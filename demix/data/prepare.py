@@ -89,7 +89,8 @@ def prepare(input, out, config: PrepareConfig = PrepareConfig(), say=print) -> s
     sources, inputs = _sources(domains, made, config, str(input))
     if building is None and present.card['inputs'] == inputs:
       if _compare(present, present.card):
-        write_atomic(out / store.CARD, orjson.dumps(present.card, option=orjson.OPT_INDENT_2))
+        with contextlib.suppress(OSError):  # a store that cannot be written stays as it is
+          write_atomic(out / store.CARD, orjson.dumps(present.card, option=orjson.OPT_INDENT_2))
       say(f'{out}: nothing to do, it is the store of these inputs and settings '
           f'(fingerprint {present.fingerprint})')
       return present

@@ -32,6 +32,7 @@ def test_a_buffer_lives_from_its_making_to_its_last_use():
   assert peak_of(lambda x: x @ x @ x @ x, x) == 80_000  # one is read while the next is made
   assert peak_of(lambda x: jnp.exp(jnp.exp(x @ x) + 1) @ x, x) == 80_000  # fused, in one place
   assert peak_of(lambda x: (x @ x).sum(), x) == 40_000 + 4
+  assert peak_of(lambda x: jnp.exp(x).sum(), x) == 4  # fused into the sum
   assert peak_of(lambda x: x + 1, x) == 40_000
   assert peak_of(lambda x: x + 1, x, given=[0]) == 0  # donated
   def kept(x):

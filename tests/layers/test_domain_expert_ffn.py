@@ -57,7 +57,8 @@ def test_grouped_rows_are_gathered_rows_in_value_and_gradient(domains):
   leaves = {n.split('/')[-1]: leaf for n, leaf in leaves.items()}
   x = jnp.float32(np.random.default_rng(0).normal(size=(len(domains), L, D)))
   def run(form):
-    value = lambda leaves, x: (form(leaves, x, jnp.asarray(domains), 'gelu') ** 2).sum()
+    each = jnp.cos(jnp.arange(x.size)).reshape(x.shape)  # which row is which shows
+    value = lambda leaves, x: (form(leaves, x, jnp.asarray(domains), 'gelu') ** 2 * each).sum()
     return models.jit(jax.value_and_grad(value, (0, 1)))(leaves, x)
   (a, (da, dx)), (b, (db, dy)) = map(
       run, (domain_expert_ffn.grouped, domain_expert_ffn.gathered))
