@@ -3,14 +3,18 @@
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import runs
+from jax.sharding import AbstractMesh
+from models import tiny
 from test_forest import TRAIN, config_file, digests, forest
 
-from demix import checkpoint, metrics, workdir
+from demix import checkpoint, metrics, sharding, together, workdir
 from demix.data.batches import Batches
+from demix.errors import BadInput
 from demix.forest import manifest
 
 
@@ -231,3 +235,15 @@ def test_what_cannot_be_is_refused(copy, changes, said):
   change(copy, **changes)
   assert said in forest('run', f'--forest={copy}', '--together').error(2)
   assert not (copy / 'experts/legal/config.json').exists()
+
+
+def test_demix_lms_are_not_spread_over_the_axis_of_their_own_experts():
+  dense, demix = (SimpleNamespace(
+      mesh=AbstractMesh((4, 2, 1, 1), sharding.AXES), model=tiny(ffn=ffn))
+      for ffn in ('dense', 'demix'))
+  assert together.chosen('auto', dense) == 'vmap'
+  with pytest.raises(BadInput, match=r'train\.lift=threads over mesh\.expert=4'):
+    together.chosen('threads', dense)
+  for word in together.LIFTS:
+    with pytest.raises(BadInput, match=r'several DEMix LMs over mesh\.expert=4'):
+      together.chosen(word, demix)
