@@ -85,7 +85,7 @@ class Run:
     """name: of the run among others that train beside it; '' where it trains by itself."""
     self.workdir, self.name = workdir, name
     self.directory = workdir / 'checkpoints'
-    self.store = TokenStore.open(config.data.path)
+    self.store = TokenStore.open(config.data.path, config.data.domains)
     there = (workdir / 'config.json').exists()
     saved = load_identity(workdir) if there else None
     self.init = find(config, self.store, load_config(workdir) if there else None, workdir)
