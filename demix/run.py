@@ -85,7 +85,7 @@ class Run:
     """name: of the run among others that train beside it; '' where it trains by itself."""
     self.workdir, self.name = workdir, name
     self.directory = workdir / 'checkpoints'
-    self.store = TokenStore.open(config.data.path)
+    self.store = TokenStore.open(config.data.path, config.data.domains)
     there = (workdir / 'config.json').exists()
     saved = load_identity(workdir) if there else None
     self.init = find(config, self.store, load_config(workdir) if there else None, workdir)
@@ -241,7 +241,7 @@ class Run:
     config, step, out = self.config, self.step, out()
     with np.errstate(invalid='ignore', over='ignore'):
       nll_D = out['nll_D'] / np.maximum(out['tokens_D'], 1)
-    if not out['applied']:
+    if not out['applied'] and out['tokens_D'].any():  # else it held prompts only
       bad = ~np.isfinite(nll_D)
       worst = int(np.argmax(bad) if bad.any() else np.argmax(nll_D))
       whose = f'{self.name}: ' if self.name else ''

@@ -54,8 +54,9 @@ def make_step(model: Model, adamw: AdamW, *, domains: int, balanced: bool, accum
   def step(state, batch, frozen=None):
     frozen = frozen or {}
     tokens_D = jax.ops.segment_sum(batch['weights_BL'].sum(1), batch['domain_B'], domains)
-    # At least 1: a batch may hold nothing but prompts, of which no token is predicted.
-    total = jnp.maximum(batch['weights_BL'].sum(), 1)
+    scored = batch['weights_BL'].sum()
+    # A batch may hold nothing but prompts, of which no token is predicted: it changes nothing.
+    total = jnp.where(scored > 0, scored, 1)
     gradient = jax.value_and_grad(weighted_nll, has_aux=True)
     if accumulation == 1:
       (value, nll_D), grads = gradient(state['params'], frozen, batch, total)
@@ -69,7 +70,8 @@ def make_step(model: Model, adamw: AdamW, *, domains: int, balanced: bool, accum
     grads = keep_gradients(grads)
     present = None if balanced or config.ffn != 'demix' else tokens_D > 0
     params, optimizer, metrics = adamw.update(
-        grads, state['optimizer'], state['params'], finite=jnp.isfinite(value), present_E=present)
+        grads, state['optimizer'], state['params'],
+        finite=jnp.isfinite(value) & (scored > 0), present_E=present)
     metrics |= {'loss': value, 'nll_D': nll_D, 'tokens_D': tokens_D}
     return {'params': params, 'optimizer': optimizer}, metrics
 

@@ -68,8 +68,12 @@ class TokenStore:
     self._dtype, self._maps = token_dtype(self.vocab_size), {}
 
   @classmethod
-  def open(cls, path) -> 'TokenStore':
+  def open(cls, path, domains=()) -> 'TokenStore':
     """Opens the store in the folder `path`; reads no tokens.
+
+    Args:
+      domains: those that will be read; files of others are not looked at. (), or with a name that
+        is none of its domains: all.
 
     Raises:
       BadInput: there is no finished store, its version is another, a file is missing or has
@@ -82,7 +86,8 @@ class TokenStore:
       raise BadInput(f'{path / "tokenizer"}: fingerprint {meta["fingerprint"]}, but {CARD} names '
                      f'{card["tokenizer"].get("fingerprint")}: {again(path)}')
     store = cls(path, card, meta, token_bytes_V)
-    for domain in store.domains:
+    known = domains and set(domains) <= set(store.domains)
+    for domain in domains if known else store.domains:
       for split, entry in card['domains'][domain]['splits'].items():
         folder = path / domain / split
         _check_size(folder / 'tokens.bin', entry['tokens'] * store._dtype.itemsize, path)
