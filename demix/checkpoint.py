@@ -14,6 +14,9 @@ State is a flat dict of canonical names (`params/embed/tokens`, `optimizer/count
 Content digests depend on name, dtype, shape and bytes of the leaves only; two runs are the same by
 content digest, since the files differ from save to save. File digests find damage, not forgery.
 
+With several processes all call `save` and `restore` at the same points. Each writes its own shards to
+the one file system they share; process 0 does the rest.
+
 The readers (`steps`, `verify`, `latest`, `require`, `read_meta`, `names`) are in demix/catalogue.py
 and need no JAX. `directory` is always W/checkpoints.
 """
@@ -34,7 +37,7 @@ from pathlib import Path
 
 import numpy as np
 
-from demix import digests
+from demix import digests, processes
 from demix.catalogue import (
   META,
   STEP,
@@ -60,15 +63,6 @@ _ADDED = ('version', 'leaves', 'content_digest', 'state_digest')
 _TIMEOUT = 4 * 3600
 _WORK = '.saving-'  # <step>.saving-<process>-<attempt>: a checkpoint that is being written
 _attempts = itertools.count()
-
-
-def _one_process():
-  import jax
-  # To come: every process saves and restores its shards and only process 0 finishes, behind a
-  # barrier; digests then need the gathered leaves.
-  if jax.process_count() > 1:
-    raise DemixError(f'checkpoints of {jax.process_count()} processes: only 1 is supported so far; '
-                     'run one process per workdir')
 
 
 def _quiet(record) -> bool:
@@ -123,7 +117,7 @@ def restore(directory, step: int, like: dict, *, check: bool = True) -> dict:
     directory: W/checkpoints.
     step: of a finished checkpoint.
     like: {name: jax.ShapeDtypeStruct}; its sharding says where the leaf goes (None: the first
-      device), whatever mesh it was saved from.
+      device of this process), whatever mesh it was saved from.
     check: compare the content digest of every restored leaf with meta.json.
 
   Returns:
@@ -147,10 +141,9 @@ def restore(directory, step: int, like: dict, *, check: bool = True) -> dict:
                    'use the config that made it')
   if not like:
     return {}
-  _one_process()
   import jax
   ocp = _import_orbax()
-  first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   item = _nested({name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype,
                                              sharding=getattr(leaf, 'sharding', None) or first)
                   for name, leaf in like.items()})
@@ -169,8 +162,9 @@ def restore(directory, step: int, like: dict, *, check: bool = True) -> dict:
       leaf = leaf[part]
     out[name] = leaf
   if check:
+    # In all processes, so that what fails in one fails in all.
     bad = [name for name, leaf in out.items()
-           if digests.of_leaf(name, leaf) != saved[name]['digest']]
+           if digests.of_leaf(name, processes.whole(leaf)) != saved[name]['digest']]
     if bad:
       raise NothingToLoad(f'checkpoint {root}: not the arrays that were saved, by content digest: '
                           f'{", ".join(bad)}; name another step')
@@ -189,6 +183,12 @@ def _leaf(name, leaf):
     raise BadInput(f'leaf {name!r}: {leaf.dtype}{list(leaf.shape)} cannot be saved; '
                    'expected numbers of a type that JAX has enabled, at least one')
   return leaf
+
+
+def _digest(name, leaf, wanted: bool = True) -> str:
+  """Content digest of a leaf whose parts may be in several processes, all of which call this."""
+  leaf = processes.whole(leaf)
+  return digests.of_leaf(name, leaf) if wanted else ''
 
 
 def _checked(meta: dict, step: int) -> dict:
@@ -220,15 +220,19 @@ class Checkpoints:
     self._trusted: set[int] = set()
     self._orbax = self._thread = self._error = None
     if clean:
-      self._clean()
+      processes.decided(self._clean)
 
   def __enter__(self):
     return self
 
-  def __exit__(self, kind, *_):
+  def __exit__(self, kind, error, _):
     # While another error is on its way out, that one matters more than a failed save.
-    with contextlib.suppress(DemixError) if kind else contextlib.nullcontext():
+    if not kind:
       self.close()
+    elif processes.count() == 1 or getattr(error, 'everywhere', False):
+      with contextlib.suppress(DemixError):
+        self.close()
+    # Else the others are not here to finish it with, and learn of the error by our end.
 
   def save(self, step: int, state: dict, meta: dict):
     """Starts saving; waits only for the save before and for Orbax to take the arrays.
@@ -246,7 +250,6 @@ class Checkpoints:
       Refused: a good checkpoint of this step holds another state.
       DemixError: this save could not start, or the one before failed (disk full …).
     """
-    _one_process()
     step = operator.index(step)
     if step < 0:
       raise BadInput(f'checkpoint step {step}: expected 0 or more')
@@ -255,12 +258,19 @@ class Checkpoints:
     self.wait()
     # Under a name of its own until it is finished: when a write fails, others go on for a while,
     # and must not end up in the next attempt.
-    work = self.directory / f'{step}{_WORK}{os.getpid()}-{next(_attempts)}'
+    pid, attempt = processes.decided(os.getpid), next(_attempts)
+    work = self.directory / f'{step}{_WORK}{pid}-{attempt}'
     try:
-      if self._there(self.directory / str(step), step, state):
+      if processes.decided(lambda: self._finished(self.directory / str(step), step)):
+        self._check_same(step, state)
         return
       ocp = _import_orbax()
-      work.mkdir(parents=True)
+      processes.decided(lambda: work.mkdir(parents=True))
+      # What no process has all of is read leaf by leaf, here: the thread below must not send
+      # anything between devices beside the steps.
+      known = None
+      if processes.count() > 1:
+        known = {name: _digest(name, leaf, processes.first()) for name, leaf in state.items()}
       if self._orbax is None:
         self._orbax = ocp.AsyncCheckpointer(
             ocp.PyTreeCheckpointHandler(), async_options=ocp.options.AsyncOptions(
@@ -272,7 +282,7 @@ class Checkpoints:
       raise
     except Exception as e:
       raise self._failed(work, step, e) from e
-    self._thread = threading.Thread(target=self._finish, args=(work, step, state, meta),
+    self._thread = threading.Thread(target=self._finish, args=(work, step, state, known, meta),
                                     name=f'checkpoint {step}')
     self._thread.start()
 
@@ -298,8 +308,8 @@ class Checkpoints:
         self._orbax.close()
         self._orbax = None
 
-  def _there(self, root, step, state) -> bool:
-    """Whether `root` holds this very state; anything else is put out of the way or refused."""
+  def _finished(self, root, step) -> bool:
+    """Whether `root` is a good checkpoint; anything else is put out of the way."""
     if not os.path.lexists(root):
       return False
     if root.is_dir() and not root.is_symlink() and step not in steps(self.directory):
@@ -312,25 +322,31 @@ class Checkpoints:
       root.rename(bad)
       self._trusted.discard(step)
       return False
-    seen = digests.of_tree({name: digests.of_leaf(name, leaf) for name, leaf in state.items()})
-    if seen != read_meta(self.directory, step)['state_digest']:
-      raise Refused(f'checkpoint {root} is good and holds another state; '
-                    'delete it or use another workdir')
     return True
 
-  def _finish(self, work, step, state, meta):
-    """In the background: from Orbax's commit to a checkpoint that exists."""
+  def _check_same(self, step, state):
+    """Refuses a good checkpoint of this step that holds another state."""
+    seen = digests.of_tree({name: _digest(name, leaf) for name, leaf in state.items()})
+    if seen != read_meta(self.directory, step)['state_digest']:
+      raise Refused(f'checkpoint {self.directory / str(step)} is good and holds another state; '
+                    'delete it or use another workdir')
+
+  def _finish(self, work, step, state, known, meta):
+    """In the background: from Orbax's commit to a checkpoint that exists. `known`: content digests
+    where there are several processes."""
     try:
       leaves = {}
       while state:  # one by one, so that their memory is free as early as the caller allows
         name, leaf = state.popitem()
         leaves[name] = {'dtype': np.dtype(leaf.dtype).name, 'shape': list(leaf.shape),
-                        'digest': digests.of_leaf(name, leaf)}
+                        'digest': known[name] if known else digests.of_leaf(name, leaf)}
         del leaf
+      self._orbax.wait_until_finished()  # of all processes
+      if known and not processes.first():
+        return
       of = {name: leaf['digest'] for name, leaf in leaves.items()}
       meta |= {'version': VERSION, 'leaves': leaves, 'state_digest': digests.of_tree(of),
                'content_digest': digests.of_tree(of, 'params/')}
-      self._orbax.wait_until_finished()
       # Orbax writes the absolute path in here; nothing reads it.
       (work / STATE / 'commit_success.txt').write_text('committed\n')
       write_atomic(work / META, digests.canonical(meta))

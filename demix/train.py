@@ -14,8 +14,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from demix import checkpoint, loss, settings, sharding, tree
+from demix import checkpoint, loss, processes, settings, sharding, tree
 from demix.config import (
   TRAINABLE,
   Config,
@@ -142,11 +143,14 @@ class Run:
     self.domains = config.data.domains
     self.balanced = config.data.sampling == 'balanced'
     self.model = Model(config.model, config.execution, config.train.compute_dtype)
-    self.mesh = sharding.make_mesh(config.mesh)
+    self.mesh = sharding.make_mesh(config.mesh, experts=len(config.model.experts))
+    sharding.check_replicated(self.mesh, self.model.abstract, config.mesh.max_replicated)
     sharding.check_rows(self.mesh, config.data.batch_size // config.train.accumulation)
     self.part = TRAINABLE[config.init.trainable]
     self.symbols = domain_symbols(config)
-    self.batches = Batches(self.store, config.data, config.seed, symbols=self.symbols)
+    self.rows = sharding.process_rows(self.mesh, config.data.batch_size)
+    self.batches = Batches(self.store, config.data, config.seed, symbols=self.symbols,
+                           rows=self.rows)
     self.adamw = AdamW(config.optimizer, config.optimizer.schedule_steps)
     self.abstract = abstract(self.model, self.adamw, self.part)
     self.shardings = sharding.state_shardings(self.mesh, self.abstract[0]['params'])
@@ -154,27 +158,30 @@ class Run:
     self.flops = (config.data.batch_size * config.data.sequence_length
                   * self.model.flops_per_token(config.data.sequence_length))
     self.ledger = {'tokens': 0, 'flops': 0, 'seconds': 0.0}
-    self.stop_signal = None
+    self.request = processes.Request()
 
   # ---- state: fresh or restored --------------------------------------------------------------
 
   def start(self, directory) -> tuple[int, dict, dict]:
     """(steps done, state, frozen): the newest trusted checkpoint, or a first start."""
-    step, where = checkpoint.latest(directory), (self.shardings, self.frozen_shardings)
-    here = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+    step = processes.decided(lambda: checkpoint.latest(directory))
+    where = self.shardings, self.frozen_shardings
     like = jax.eval_shape(lambda *s: canonical_state(self.model, *s), *self.abstract)
-    like = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for n, x in like.items()}
+    self.spread = sharding.spread(self.mesh, like)
+    like = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.spread[n])
+            for n, x in like.items()}
+    here = NamedSharding(self.mesh, PartitionSpec())
     if step is None:
       if self.init and self.config.init.optimizer == 'continue':
         flat = self.init.moments(like)  # first: the model is let go of with its parameters
-        params = jax.device_put(self.init.parameters(), here)
+        params = sharding.put(self.init.parameters(), here)
         def go_on(params, flat):
           flat = flat | {f'params/{n}': x for n, x in self.model.canonical(params).items()}
           return running_state(self.model, flat, self.part)
         return 0, *jax.jit(go_on, out_shardings=where)(params, flat)
       if self.init:
         first = jax.jit(lambda p: begin(p, self.adamw, self.part), out_shardings=where)
-        return 0, *first(jax.device_put(self.init.parameters(), here))
+        return 0, *first(sharding.put(self.init.parameters(), here))
       fresh = jax.jit(lambda seed: begin(self.model.init(seed), self.adamw), out_shardings=where)
       return 0, *fresh(self.config.seed)
     meta = checkpoint.read_meta(directory, step)
@@ -224,22 +231,25 @@ class Run:
     if done >= train.steps:
       print(f'done already: step {done} of {train.steps} in {self.workdir}')
       return done
-    self.save_config()  # not before: what cannot be gone on with stays as it is
+    processes.decided(self.save_config)  # not before: what cannot be gone on with stays as it is
     print(header(config, self.model, self.mesh, self.workdir, self._origin()), flush=True)
     if done:
       print(f'resumed     at step {done}', flush=True)
+    everywhere = NamedSharding(self.mesh, PartitionSpec())
     step_fn = jax.jit(
         make_step(self.model, self.adamw, domains=len(self.domains), balanced=self.balanced,
                   accumulation=train.accumulation, mesh=self.mesh),
-        in_shardings=(self.shardings, jax.sharding.NamedSharding(self.mesh, sharding.BATCH),
+        in_shardings=(self.shardings, NamedSharding(self.mesh, sharding.BATCH),
                       self.frozen_shardings),
-        out_shardings=(self.shardings, None), donate_argnums=0)
+        out_shardings=(self.shardings, everywhere), donate_argnums=0)
     # A copy, so that what is saved in the background is not the buffer the next step reuses.
-    export = jax.jit(lambda *s: jax.tree.map(jnp.copy, canonical_state(self.model, *s)))
+    export = jax.jit(lambda *s: jax.tree.map(jnp.copy, canonical_state(self.model, *s)),
+                     out_shardings=self.spread)
     saver = checkpoint.Checkpoints(directory, max_to_keep=train.max_to_keep,
                                    keep_every=train.keep_every, clean=True)
-    metrics = Metrics(self.workdir, step=done or -1, tensorboard=train.tensorboard)
-    progress = Progress(train.steps, 'steps', 'train', done=done)
+    quiet = not processes.first()
+    metrics = Metrics(self.workdir, step=done or -1, tensorboard=train.tensorboard, quiet=quiet)
+    progress = Progress(train.steps, 'steps', 'train', done=done, quiet=quiet)
     names = ['tokens_BL', 'targets_BL', 'weights_BL', 'domain_B']
     if config.data.packing == 'document':
       names += ['segments_BL', 'positions_BL']
@@ -252,14 +262,18 @@ class Run:
     # Whatever ends the run, the saver is closed first: a save under way ends well.
     with metrics, progress, saver:
       batches, pending = self.batches.iterate(done), None
+      place = lambda batch: sharding.place(self.mesh, {n: batch[n] for n in names},
+                                           config.data.batch_size, self.rows)
+      batch = place(next(batches))
       for step in range(done + 1, train.steps + 1):
-        batch = next(batches)
-        state, out = step_fn(state, {n: batch[n] for n in names}, frozen)
-        # The numbers of step - 1 are read while this step runs.
+        state, out = step_fn(state, batch, frozen)
+        # While this step runs, the next batch is copied and the numbers of step - 1 are read.
+        batch = place(next(batches))
         if pending:
           log(*self._record(*pending, progress, clock))
         pending = step, out
-        stop = self.stop_signal  # read once: one that comes from here on waits for the next step
+        # Read once: one that comes from here on waits for the next step.
+        stop = (number := self.request.seen()) and signal.Signals(number).name
         if stop == 'SIGINT':
           raise KeyboardInterrupt
         evaluate = (train.eval_every and step % train.eval_every == 0) or step == train.steps
@@ -319,10 +333,12 @@ class Run:
              if 'valid' in self.store.splits(d)]
     if not parts:
       return {}
+    ways = sharding.row_ways(self.mesh)
     scores = perplexity.evaluate(
         self.model, params, self.store, parts, length=config.data.sequence_length,
-        batch_size=min(config.data.batch_size, 64), limit=config.train.eval_sequences,
-        symbols=self.symbols)
+        batch_size=-(-min(config.data.batch_size, 64) // ways) * ways,
+        limit=config.train.eval_sequences, symbols=self.symbols,
+        place=lambda batch: sharding.put(batch, NamedSharding(self.mesh, sharding.BATCH)))
     row = {f'eval/{part.domain}/nll': score.mean_nll for part, score in zip(parts, scores)}
     row['eval/mean/nll'] = sum(row.values()) / len(row)
     text = ', '.join(f'{p.domain} {s.perplexity:.2f}' for p, s in zip(parts, scores))
@@ -334,7 +350,7 @@ class Run:
     """SIGTERM and SIGUSR1 ask for a checkpoint and the end of the run, SIGINT for its end: raised
     inside a save, KeyboardInterrupt can get lost. A second SIGINT is raised where it comes."""
     def ask(number, _):
-      self.stop_signal = signal.Signals(number).name
+      self.request.number = number
       if number == signal.SIGINT:
         signal.signal(number, signal.default_int_handler)
     old = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
@@ -397,4 +413,6 @@ def run(config: Config, workdir: Path) -> int:
     NonFinite: a loss or gradient was not finite; step and worst domain are named.
     Preempted: SIGTERM or SIGUSR1 came; everything is saved.
   """
-  return Run(config, workdir).loop()
+  made = processes.agreed(lambda: Run(config, workdir))
+  processes.same(digest(made.identity), 'config, data or tokenizer')
+  return made.loop()

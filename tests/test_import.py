@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 # brings its parts, and `config` stands above the loop, which takes a whole Config.
 LEVELS = (
     'errors settings digests workdir progress',
-    'layers tree loss metrics data merge',
+    'layers tree loss metrics data merge processes',
     'transformer sharding optimizer',
     'params',
     'state',
@@ -29,6 +29,7 @@ LEVELS = (
     'grow',
     'language_model',
     'multiple_choice',
+    'analysis',
     'verbs sweep',
     '__main__',
 )
