@@ -28,7 +28,7 @@ class Arm:
 
     from demix.optimizer import AdamW, OptimizerConfig
     from demix.params import Model
-    from demix.train import make_step
+    from demix.step import make_step
     from demix.transformer import ExecutionConfig, preset
     kind, _, walk = name.partition('/')
     ffn, balanced = ARMS[kind]

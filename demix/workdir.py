@@ -146,8 +146,8 @@ def hold(path, what: str = 'train'):
 def check_shared(workdir):
   """Raises BadInput where a workdir that another process of the run holds cannot be seen."""
   if not (Path(workdir) / LOCK).exists():
-    raise BadInput(f'{workdir}: not there on {socket.gethostname()}; all processes of a run need it '
-                   'on one file system that they share')
+    raise BadInput(f'{workdir}: not there on {socket.gethostname()}; all processes of a run need '
+                   'it on one file system that they share')
 
 
 def save_config(workdir, config: dict):

@@ -9,7 +9,7 @@ import numpy as np
 from demix import tree
 from demix.optimizer import AdamW, OptimizerConfig
 from demix.params import Model
-from demix.train import make_step
+from demix.step import make_step
 from demix.transformer import ExecutionConfig, ModelConfig
 
 EXPERTS = ('law', 'bio', 'web', 'art')  # not in alphabetical order

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from demix import sharding, tree
-from demix.train import make_step
+from demix.step import make_step
 
 # Every leaf has another shape than those of other kinds, whole or split in two.
 SIZES = dict(d_model=20, heads=4, kv_heads=2, head_size=6, d_ff=28, vocab_size=41, max_length=7)

@@ -19,7 +19,7 @@ from demix.errors import BadInput
 from demix.mix.mixture import MixConfig
 from demix.optimizer import AdamW
 from demix.params import Model
-from demix.train import make_step
+from demix.step import make_step
 from demix.verbs.flags import Verb, load_config
 
 ROOT = Path(__file__).parents[1]

@@ -15,17 +15,19 @@ ROOT = Path(__file__).parents[1]
 # brings its parts, and `config` stands above the loop, which takes a whole Config.
 LEVELS = (
     'errors settings digests workdir progress',
-    'layers tree loss metrics data merge processes',
+    'layers tree loss metrics clock data merge processes',
     'transformer sharding optimizer',
     'params',
     'state',
+    'step',
     'catalogue checkpoint mix',
     'forest',
     'config',
     'reference',
     'eval',
     'start lifecycle sampling',
-    'train generate',
+    'run generate',
+    'train',
     'grow',
     'language_model',
     'multiple_choice',
@@ -83,7 +85,7 @@ def test_a_file_imports_from_its_own_folder_and_levels_above(path):
 
 def test_levels_say_no():
   demix = ROOT / 'demix'
-  for file, module in (('data/store.py', 'demix.tree'), ('params.py', 'demix.train.Run'),
+  for file, module in (('data/store.py', 'demix.tree'), ('params.py', 'demix.run.Run'),
                        ('eval/results.py', 'demix.train'), ('layers/norms.py', 'demix.data.store'),
                        ('errors.py', 'demix.settings'), ('transformer.py', 'demix.sharding')):
     assert not allowed(demix / file, module), (file, module)

@@ -18,7 +18,7 @@ from demix.optimizer import AdamW
 from demix.reference import load
 from demix.start import nearest_expert
 from demix.state import canonical_state, running_state
-from demix.train import make_step
+from demix.step import make_step
 
 NOVEL = corpus.NOVEL
 # Weight decay is on (0.1, the default): what is not frozen by structure would move.
@@ -271,7 +271,7 @@ def test_the_step_reads_frozen_leaves_and_returns_none(models):
   """No gradient, moment or output of the step belongs to a frozen leaf: that is the structure."""
   from demix.optimizer import AdamW, OptimizerConfig
   from demix.state import abstract
-  from demix.train import make_step
+  from demix.step import make_step
   model = load(f'{models["demix"]}#legal').model
   adamw = AdamW(OptimizerConfig(), 8)
   state, frozen = abstract(model, adamw, '/ffn/')

@@ -1,4 +1,4 @@
-"""train.make_step: one update has the gradient of one scalar, and reaches whom it should."""
+"""step.make_step: one update has the gradient of one scalar, and reaches whom it should."""
 
 import jax.numpy as jnp
 import jaxprs
@@ -9,7 +9,7 @@ from models import BALANCED, EXPERTS, adamw, assert_close, assert_same, batch_of
 
 from demix import tree
 from demix.state import canonical_state
-from demix.train import make_step, micro_batches
+from demix.step import make_step, micro_batches
 
 
 def expert_of(name):

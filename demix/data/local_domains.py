@@ -188,7 +188,8 @@ def _collect_manuals() -> Iterator[Source]:
   except (OSError, ValueError, SyntaxError):
     pass  # the others may be enough
   for text in texts:
-    for part in source_code.stretches(text, PROSE, _LONG_IF_FEW):
+    # As many sources as documents: with fewer a split of so little text can come out too small.
+    for part in source_code.stretches(text, PROSE, _DOCUMENT):
       yield part, _prose
 
 

@@ -33,7 +33,7 @@ from demix.data.near_duplicates import NearDuplicates
 from demix.errors import BadInput
 from demix.progress import Progress
 
-VERSION = 1  # of the extraction: a change of any rule makes another corpus
+VERSION = 2  # of the extraction: a change of any rule makes another corpus
 SPLITS = ('train', 'valid', 'test')
 MAX_BYTES = 3_000_000
 LEAST_DOMAINS = 4      # training domains, below which nothing can be said about experts

@@ -1,5 +1,6 @@
 """results.json (docs/contracts.md) and the table people read: domains × runs, means, signs."""
 
+import itertools
 import math
 import platform
 
@@ -9,6 +10,7 @@ from demix.errors import BadInput
 from demix.workdir import write_atomic
 
 VERSION = 1
+_WIDTH = 120  # characters of a table
 
 
 def row(run: str, mix: str, domain: str, split: str, score, prior=None, posterior=None) -> dict:
@@ -107,7 +109,20 @@ def table(content: dict, measure: str = 'perplexity') -> str:
   for run, entry in content['runs'].items():
     notes += [f'{run}: expert {e} did not beat its parent when it was added (or was not compared)'
               for e in entry.get('unearned', ())]
-  return '\n'.join([layout(lines, levels), *notes])
+  return '\n'.join(['\n\n'.join(layout(part, levels) for part in panels(lines, columns)), *notes])
+
+
+def panels(lines: list[list[str]], columns: list[tuple]) -> list[list[list[str]]]:
+  """A table that is wider than _WIDTH as several, each with the first column of numbers again; the
+  columns of a run stay together."""
+  widths = [max(len(line[i]) for line in lines) + 2 for i in range(len(lines[0]))]
+  parts = [[]]
+  for _, run in itertools.groupby(range(1, len(columns)), lambda i: columns[i][0]):
+    run = [i + 1 for i in run]  # the first place of a line is its name
+    if parts[-1] and sum(widths[i] for i in [0, 1, *parts[-1], *run]) - 2 > _WIDTH:
+      parts.append([])
+    parts[-1] += run
+  return [[[line[0], line[1], *(line[i] for i in part)] for line in lines] for part in parts]
 
 
 def priors(content: dict) -> str:

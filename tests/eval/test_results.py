@@ -125,6 +125,23 @@ def test_the_table_of_one_run_has_no_signs_and_missing_rows_are_dashes():
   assert ['lower', 'than', 'dense', '1', 'of', '1'] in squeezed  # pairs only
 
 
+def test_a_wide_table_comes_in_parts_each_with_what_it_is_compared_with():
+  ways = [(prior, posterior) for prior in ('uniform', 'updating', 'cached')
+          for posterior in ('prefix', 'last_token')]
+  columns = [('dense', None, None), *(('demix', *w) for w in ways), *(('forest', *w) for w in ways)]
+  rows = [{'run': run, 'mix': 'ensemble' if prior else 'none', 'prior': prior,
+           'posterior': posterior, 'domain': 'law', 'split': 'test', 'perplexity': 1000.0 + i}
+          for i, (run, prior, posterior) in enumerate(columns)]
+  content = {'runs': {'dense': {}, 'demix': {}, 'forest': {}}, 'rows': rows, 'heldout': []}
+  parts = results.table(content).split('\n\n')
+  assert [p.splitlines()[0].split() for p in parts] == [
+      ['perplexity', 'dense', *[run] * 6] for run in ('demix', 'forest')]
+  for part, first in zip(parts, (1, 7)):
+    assert part.splitlines()[4].split() == [
+        'law', '1000.000', *(f'{1000 + first + i}.000' for i in range(6))]
+    assert max(map(len, part.splitlines())) <= 120
+
+
 def test_equal_values_are_no_win_and_held_out_domains_no_part_of_means():
   text = results.table(made({'law': [4.0, 4.0], 'new': [1.0, 100.0]}, heldout=['new']))
   squeezed = [' '.join(line.split()) for line in text.splitlines()]

@@ -1,0 +1,273 @@
+"""One training run: what it is, where it starts, what it writes down. The loop is demix/train.py.
+
+Resuming is exact: batch t is a function of (seed, t), so the state of a run is its parameters,
+moments and step; a run that was killed and started again goes through the same losses bit for bit.
+"""
+
+import contextlib
+import dataclasses
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from demix import checkpoint, processes, settings, sharding, tree
+from demix.clock import Clock
+from demix.config import (
+  TRAINABLE,
+  Config,
+  complete,
+  data_fingerprint,
+  digest,
+  domain_symbols,
+  identity,
+)
+from demix.data.batches import Batches
+from demix.data.store import TokenStore
+from demix.errors import NonFinite
+from demix.eval import perplexity
+from demix.metrics import Metrics
+from demix.optimizer import AdamW
+from demix.params import Model
+from demix.progress import quantity
+from demix.start import find
+from demix.state import begin, running_state
+from demix.step import Program
+from demix.workdir import check_identity, load_config, load_identity, save_config
+
+
+def header(run: 'Run') -> str:
+  """What is about to run, in a few lines."""
+  config, model, mesh = run.config, run.model, run.program.mesh
+  total, active = model.counts()
+  tokens = config.data.batch_size * config.data.sequence_length
+  default, now = settings.flatten(Config()), settings.flatten(config)
+  changed = ' '.join(f'{k}={v}' for k, v in now.items() if v != default[k] and k != 'data.path')
+  kinds = ', '.join(sorted({d.device_kind for d in mesh.devices.flat}))
+  axes = ' '.join(f'{a}={n}' for a, n in mesh.shape.items() if n > 1)
+  return '\n'.join([
+      f'run         {run.workdir}',
+      f'devices     {mesh.size} × {kinds}{f" ({axes})" if axes else ""}',
+      f'parameters  {quantity(total)} total, {quantity(active)} active per token',
+      f'per step    {quantity(tokens)} tokens, {quantity(run.flops)} FLOPs',
+      *run.origin(),
+      f'config      {changed}'])
+
+
+class Run:
+  """One training run in a workdir whose lock is held.
+
+  Attributes:
+    step: updates begun. read: whose numbers were read. loss: of the last of these.
+  """
+
+  def __init__(self, config: Config, workdir: Path, name: str = ''):
+    """name: of the run among others that train beside it; '' where it trains by itself."""
+    self.workdir, self.name = workdir, name
+    self.directory = workdir / 'checkpoints'
+    self.store = TokenStore.open(config.data.path)
+    there = (workdir / 'config.json').exists()
+    saved = load_identity(workdir) if there else None
+    self.init = find(config, self.store, load_config(workdir) if there else None, workdir)
+    if self.init and config.init.optimizer == 'continue' and not config.optimizer.schedule_steps:
+      config = dataclasses.replace(config, optimizer=dataclasses.replace(
+          config.optimizer, schedule_steps=self.init.record['schedule_steps']))
+    config = complete(config, self.store, saved, self.init and self.init.model)
+    self.lineage = {}
+    if self.init:
+      config = self.init.settle(config, self.store)
+      self.lineage['init'] = self.init.record
+    self.config = config
+    self.identity = identity(config, self.store, self.init and self.init.identity)
+    if saved is not None:
+      check_identity(saved, self.identity, workdir)
+    self.domains = config.data.domains
+    self.symbols = domain_symbols(config)
+    mesh = sharding.make_mesh(config.mesh, experts=len(config.model.experts))
+    self.mine = sharding.process_rows(mesh, config.data.batch_size)
+    self.batches = Batches(self.store, config.data, config.seed, symbols=self.symbols,
+                           rows=self.mine)
+    sharding.check_rows(mesh, config.data.batch_size // config.train.accumulation)
+    self.program = Program(
+        model=Model(config.model, config.execution, config.train.compute_dtype),
+        adamw=AdamW(config.optimizer, config.optimizer.schedule_steps),
+        part=TRAINABLE[config.init.trainable], domains=len(self.domains),
+        balanced=config.data.sampling == 'balanced', accumulation=config.train.accumulation,
+        mesh=mesh)
+    self.model = self.program.model
+    sharding.check_replicated(mesh, self.model.abstract, config.mesh.max_replicated)
+    self.flops = (config.data.batch_size * config.data.sequence_length
+                  * self.model.flops_per_token(config.data.sequence_length))
+    self.ledger = {'tokens': 0, 'flops': 0, 'seconds': 0.0}
+    self.step, self.read, self.loss, self._pending = 0, 0, None, None
+
+  @property
+  def steps(self) -> int:
+    """What it trains to."""
+    return self.config.train.steps
+
+  # ---- state: fresh or restored --------------------------------------------------------------
+
+  def start(self) -> tuple[dict, dict]:
+    """(state, frozen) of the newest trusted checkpoint, or of a first start; sets `step`."""
+    program, part = self.program, self.program.part
+    step = processes.decided(lambda: checkpoint.latest(self.directory))
+    where, like = program.shardings, program.canonical
+    here = NamedSharding(program.mesh, PartitionSpec())
+    if step is None:
+      if self.init and self.config.init.optimizer == 'continue':
+        flat = self.init.moments(like)  # first: the model is let go of with its parameters
+        params = sharding.put(self.init.parameters(), here)
+        def go_on(params, flat):
+          flat = flat | {f'params/{n}': x for n, x in self.model.canonical(params).items()}
+          return running_state(self.model, flat, part)
+        return jax.jit(go_on, out_shardings=where)(params, flat)
+      if self.init:
+        first = jax.jit(lambda p: begin(p, program.adamw, part), out_shardings=where)
+        return first(sharding.put(self.init.parameters(), here))
+      fresh = jax.jit(lambda seed: begin(self.model.init(seed), program.adamw),
+                      out_shardings=where)
+      return fresh(self.config.seed)
+    meta = checkpoint.read_meta(self.directory, step)
+    check_identity(meta['identity'], self.identity, self.workdir)
+    self.ledger = meta['ledger']
+    self.lineage = {name: meta[name] for name in ('init', 'lifecycle') if name in meta}
+    flat = checkpoint.restore(self.directory, step, like)
+    stack = jax.jit(lambda flat: running_state(self.model, flat, part), out_shardings=where)
+    self.step = step
+    return stack(flat)
+
+  def meta(self) -> dict:
+    """What made the checkpoint of `step`; the data index is step + skipped."""
+    step = self.step
+    return {'step': step, 'skipped': 0, 'data_index': step,
+            'config': settings.to_dict(self.config), 'identity': self.identity,
+            'config_digest': digest(self.identity), 'domains': list(self.domains),
+            'tokenizer': self.store.tokenizer_meta['fingerprint'],
+            'data': data_fingerprint(self.store, self.domains), 'ledger': dict(self.ledger),
+            'epochs': self.batches.epochs(step), **self.lineage}
+
+  def save_config(self):
+    """Writes W/config.json, W/data/card.json and W/data/tokenizer/."""
+    save_config(self.workdir, {'version': 1, 'config': settings.to_dict(self.config),
+                               'identity': self.identity, **self.lineage})
+    (self.workdir / 'data').mkdir(exist_ok=True)
+    shutil.copyfile(self.store.path / 'card.json', self.workdir / 'data' / 'card.json')
+    # With it the workdir is enough to read and write text.
+    shutil.copytree(self.store.path / 'tokenizer', self.workdir / 'data' / 'tokenizer',
+                    dirs_exist_ok=True)
+
+  def origin(self) -> list[str]:
+    """Lines that say where it starts from; none for fresh parameters."""
+    if not self.init:
+      return []
+    trained = tree.size(self.program.abstract[0]['params'])
+    return [f'starts from {self.init.describe()}', f'trains      {quantity(trained)} parameters']
+
+  def say(self, text: str):
+    """Prints a line, with the name of the run where there are several."""
+    print(f'{self.name}: {text}' if self.name else text, flush=True)
+
+  # ---- in the loop ----------------------------------------------------------------------------
+
+  @contextlib.contextmanager
+  def opened(self):
+    """Opens what it writes to. Whatever ends the run, a save under way ends well."""
+    train, data = self.config.train, self.config.data
+    names = ['tokens_BL', 'targets_BL', 'weights_BL', 'domain_B']
+    if data.packing == 'document':
+      names += ['segments_BL', 'positions_BL']
+    rows = ({n: batch[n] for n in names} for batch in self.batches.iterate(self.step))
+    if not self.name:
+      # Copied to the devices while the step before runs: the loop waits for that one's numbers
+      # when this batch and its step are under way.
+      rows = (sharding.place(self.program.mesh, batch, data.batch_size, self.mine)
+              for batch in rows)
+    self.clock = Clock(data.batch_size * data.sequence_length, self.flops)
+    with (Metrics(self.workdir, step=self.step or -1, tensorboard=train.tensorboard,
+                  quiet=not processes.first()) as metrics,
+          checkpoint.Checkpoints(self.directory, max_to_keep=train.max_to_keep,
+                                 keep_every=train.keep_every, clean=True) as saver):
+      self.rows, self.metrics, self.saver = rows, metrics, saver
+      yield self
+
+  def take(self, out: dict):
+    """One more update was begun, and `out` will hold its numbers; reads those of the one before."""
+    before, self._pending = self._pending, out
+    if before is not None:
+      self._log(self._record(before))
+    self.step += 1
+
+  @property
+  def due(self) -> tuple[bool, bool]:
+    """Whether to evaluate, and to save, after `step`."""
+    train, last = self.config.train, self.step == self.steps
+    return tuple(last or bool(every and self.step % every == 0)
+                 for every in (train.eval_every, train.checkpoint_every))
+
+  def settle(self, params=None):
+    """Reads the numbers of `step`, which waits for it, and evaluates parameters if given some."""
+    out, self._pending = self._pending, None
+    row = self._record(out)
+    if params is not None:
+      row |= self._evaluate(params)
+    self._log(row)
+
+  def save(self, state: dict, frozen: dict, share: float = 1.0):
+    """Starts a checkpoint of `step`. share: of the wall time since the last that was this run's."""
+    self.ledger['seconds'] += share * self.clock.lap()
+    self.saver.save(self.step, self.program.export(state, frozen), self.meta())
+
+  def _log(self, row):
+    if row:
+      self.metrics.write(self.step, row)
+
+  def _record(self, out) -> dict:
+    """Reads the numbers of `step`: stops on a non-finite one; the row to log, {} for none."""
+    config, step, out = self.config, self.step, jax.device_get(out)
+    with np.errstate(invalid='ignore', over='ignore'):
+      nll_D = out['nll_D'] / np.maximum(out['tokens_D'], 1)
+    if not out['applied']:
+      bad = ~np.isfinite(nll_D)
+      worst = int(np.argmax(bad) if bad.any() else np.argmax(nll_D))
+      whose = f'{self.name}: ' if self.name else ''
+      raise NonFinite(
+          f'{whose}step {step}: loss {out["loss"]}, gradient norm {out["grad_norm"]}; worst domain '
+          f'{self.domains[worst]} at {nll_D[worst]} nats; no parameter was changed by that step; '
+          'lower optimizer.learning_rate or look at that domain')
+    self.ledger['tokens'] += int(out['tokens_D'].sum())
+    self.ledger['flops'] += self.flops
+    self.clock.step()
+    self.read, self.loss = step, float(out['loss'])
+    if step % config.train.log_every and step != self.steps:
+      return {}
+    row = {'train/loss': self.loss, 'train/grad_norm': float(out['grad_norm']),
+           'train/learning_rate': float(out['learning_rate'])}
+    for name, value, tokens in zip(self.domains, nll_D, out['tokens_D']):
+      if tokens:
+        row[f'train/{name}/nll'] = float(value)
+    for name, value in self.batches.epochs(step).items():
+      row[f'data/{name}/epochs'] = value
+    return row | self.clock.rates()
+
+  def _evaluate(self, params) -> dict:
+    """NLL on the start of each training domain's valid text, as a row to log."""
+    config = self.config
+    parts = [perplexity.Part(d, 'valid', i) for i, d in enumerate(self.domains)
+             if 'valid' in self.store.splits(d)]
+    if not parts:
+      return {}
+    rows = NamedSharding(self.program.mesh, sharding.BATCH)
+    ways = sharding.row_ways(self.program.mesh)
+    scores = perplexity.evaluate(
+        self.model, params, self.store, parts, length=config.data.sequence_length,
+        batch_size=-(-min(config.data.batch_size, 64) // ways) * ways,
+        limit=config.train.eval_sequences, symbols=self.symbols,
+        place=lambda batch: sharding.put(batch, rows))
+    row = {f'eval/{part.domain}/nll': score.mean_nll for part, score in zip(parts, scores)}
+    row['eval/mean/nll'] = sum(row.values()) / len(row)
+    text = ', '.join(f'{p.domain} {s.perplexity:.2f}' for p, s in zip(parts, scores))
+    self.say(f'step {self.step}: valid perplexity {text}')
+    return row
