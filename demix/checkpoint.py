@@ -14,8 +14,8 @@ State is a flat dict of canonical names (`params/embed/tokens`, `optimizer/count
 Content digests depend on name, dtype, shape and bytes of the leaves only; two runs are the same by
 content digest, since the files differ from save to save. File digests find damage, not forgery.
 
-With several processes all call `save` and `restore` at the same points. Each writes its own shards to
-the one file system they share; process 0 does the rest.
+With several processes all call `save` and `restore` at the same points. Each writes its own shards
+to the one file system they share; process 0 does the rest.
 
 The readers (`steps`, `verify`, `latest`, `require`, `read_meta`, `names`) are in demix/catalogue.py
 and need no JAX. `directory` is always W/checkpoints.
