@@ -1,0 +1,1 @@
+"""Pictures of numbers, and what compiled programs say about themselves."""
