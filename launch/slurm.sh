@@ -58,7 +58,7 @@ $([ "$gpus" -gt 0 ] && echo "#SBATCH --gpus-per-node=$gpus")
 $([ -n "$more" ] && echo "#SBATCH $more")
 cd $(printf '%q' "$root")
 source launch/environment.sh
-install_requirements $requirements
+install_requirements requirements.txt $requirements
 # The signal goes to every process of the run; they agree on the step at which they save and end.
 srun --kill-on-bad-exit=0 python -m demix $command &
 step=\$!

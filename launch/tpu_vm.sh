@@ -34,7 +34,7 @@ if [ "$verb" = train ]; then worker=all; flags+=(--config.mesh.processes=0); fi
 
 # A tilde stays one for the host to expand.
 case "$folder" in '~'|'~/'*) cd="cd ~$(printf '%q' "${folder#\~}")" ;; *) cd="cd $(printf '%q' "$folder")" ;; esac
-remote="$cd && source launch/environment.sh && install_requirements requirements-tpu.txt && ${sets[*]+env ${sets[*]} }python -m demix $(printf '%q ' "${flags[@]}")"
+remote="$cd && source launch/environment.sh && install_requirements requirements.txt requirements-tpu.txt && ${sets[*]+env ${sets[*]} }python -m demix $(printf '%q ' "${flags[@]}")"
 ssh=(gcloud compute tpus tpu-vm ssh "$tpu" --zone="$zone")
 [ -z "$project" ] || ssh+=(--project="$project")
 ssh+=(--worker="$worker" --command="${remote% }")
