@@ -37,7 +37,7 @@ from pathlib import Path
 
 import numpy as np
 
-from demix import digests, processes
+from demix import digests, leaves, processes
 from demix.catalogue import (
   META,
   STEP,
@@ -61,6 +61,7 @@ STATE = 'state'
 _ADDED = ('version', 'leaves', 'content_digest', 'state_digest')
 # Orbax gives up on a commit after 20 minutes by default; a big state on a slow disk may need more.
 _TIMEOUT = 4 * 3600
+_CHUNK = 1 << 26  # bytes of a leaf that are compressed at once
 _WORK = '.saving-'  # <step>.saving-<process>-<attempt>: a checkpoint that is being written
 _attempts = itertools.count()
 
@@ -85,6 +86,7 @@ def _import_orbax():
       if 'DEMIX_TRACEBACK' in os.environ or str(what.exc_value) != 'Event loop is closed':
         others(what)
     sys.unraisablehook = hook
+  leaves.register(ocp)
   return ocp
 
 
@@ -110,7 +112,7 @@ def _nested(leaves: dict) -> dict:
   return tree
 
 
-def restore(directory, step: int, like: dict, *, check: bool = True) -> dict:
+def restore(directory, step: int, like: dict, *, check: bool = True, host: bool = False) -> dict:
   """Restores the leaves asked for, and only those. Does not verify files: see `latest`, `require`.
 
   Args:
@@ -119,9 +121,10 @@ def restore(directory, step: int, like: dict, *, check: bool = True) -> dict:
     like: {name: jax.ShapeDtypeStruct}; its sharding says where the leaf goes (None: the first
       device of this process), whatever mesh it was saved from.
     check: compare the content digest of every restored leaf with meta.json.
+    host: as NumPy arrays, on no device.
 
   Returns:
-    {name: jax.Array} with the names of `like`.
+    {name: jax.Array, or np.ndarray} with the names of `like`.
 
   Raises:
     BadInput: no such checkpoint; or leaves that it lacks or has in another shape or dtype (all
@@ -150,7 +153,9 @@ def restore(directory, step: int, like: dict, *, check: bool = True) -> dict:
   try:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
       tree = orbax.restore((root / STATE).absolute(), args=ocp.args.PyTreeRestore(
-          item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+          item=item, restore_args=jax.tree.map(
+              lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item) if host else
+          ocp.checkpoint_utils.construct_restore_args(item),
           partial_restore=True))
   except Exception as e:  # Orbax and TensorStore raise many kinds, ValueError to XlaRuntimeError
     raise NothingToLoad(f'checkpoint {root}: the arrays cannot be read ({one_line(e)}); '
@@ -175,6 +180,8 @@ def _leaf(name, leaf):
   import jax
   if isinstance(leaf, np.ndarray):
     leaf = leaf.copy()  # the caller may go on writing into it
+  elif isinstance(leaf, leaves.Later):
+    pass
   elif not isinstance(leaf, jax.Array) or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
     raise BadInput(f'leaf {name!r}: expected an array, got {type(leaf).__name__} '
                    f'{getattr(leaf, "dtype", "")}; save typed keys as jax.random.key_data')
@@ -242,7 +249,8 @@ class Checkpoints:
 
     Args:
       step: >= 0.
-      state: {name: jax.Array or np.ndarray}; must stay valid (not donated) until the save ends.
+      state: {name: jax.Array, np.ndarray or leaves.Later}; must stay valid (not donated) until the
+        save ends.
       meta: what JSON can hold; copied. See the module for the keys that are added.
 
     Raises:
@@ -264,6 +272,7 @@ class Checkpoints:
       if processes.decided(lambda: self._finished(self.directory / str(step), step)):
         self._check_same(step, state)
         return
+      import jax
       ocp = _import_orbax()
       processes.decided(lambda: work.mkdir(parents=True))
       # What no process has all of is read leaf by leaf, here: the thread below must not send
@@ -277,7 +286,9 @@ class Checkpoints:
                 timeout_secs=_TIMEOUT,
                 # Else, if they cannot be made, Orbax waits 5 minutes for them.
                 create_directories_asynchronously=False))
-      self._orbax.save(work / STATE, args=ocp.args.PyTreeSave(tree))
+      chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK), tree,
+                            is_leaf=lambda x: not isinstance(x, dict))
+      self._orbax.save(work / STATE, args=ocp.args.PyTreeSave(tree, save_args=chunks))
     except Refused:
       raise
     except Exception as e:
@@ -335,17 +346,22 @@ class Checkpoints:
     """In the background: from Orbax's commit to a checkpoint that exists. `known`: content digests
     where there are several processes."""
     try:
-      leaves = {}
+      about, later = {}, []
       while state:  # one by one, so that their memory is free as early as the caller allows
         name, leaf = state.popitem()
-        leaves[name] = {'dtype': np.dtype(leaf.dtype).name, 'shape': list(leaf.shape),
-                        'digest': known[name] if known else digests.of_leaf(name, leaf)}
+        about[name] = {'dtype': np.dtype(leaf.dtype).name, 'shape': list(leaf.shape)}
+        if isinstance(leaf, leaves.Later):
+          later.append(leaf)
+        else:
+          about[name]['digest'] = known[name] if known else digests.of_leaf(name, leaf)
         del leaf
       self._orbax.wait_until_finished()  # of all processes
       if known and not processes.first():
         return
-      of = {name: leaf['digest'] for name, leaf in leaves.items()}
-      meta |= {'version': VERSION, 'leaves': leaves, 'state_digest': digests.of_tree(of),
+      for leaf in later:
+        about[leaf.name]['digest'] = leaf.digest
+      of = {name: leaf['digest'] for name, leaf in about.items()}
+      meta |= {'version': VERSION, 'leaves': about, 'state_digest': digests.of_tree(of),
                'content_digest': digests.of_tree(of, 'params/')}
       # Orbax writes the absolute path in here; nothing reads it.
       (work / STATE / 'commit_success.txt').write_text('committed\n')
@@ -357,10 +373,9 @@ class Checkpoints:
       fsync_directory(self.directory)
       self._trusted.add(step)
       self._prune(step)
-    except DemixError as e:
-      self._error = e
     except BaseException as e:
-      self._error = self._failed(work, step, e)
+      failed = self._failed(work, step, e)
+      self._error = e if isinstance(e, DemixError) else failed
 
   def _failed(self, work, step, e) -> DemixError:
     """The error of a save that ended early; what it left is removed, as far as that goes now."""

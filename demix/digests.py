@@ -49,7 +49,8 @@ def of_tree(leaves: dict[str, str], prefix: str = '') -> str:
   return digest.hexdigest()
 
 
-def _of_file(path) -> str:
+def of_file(path) -> str:
+  """Digest of a file's bytes."""
   digest, block = xxhash.xxh3_128(), memoryview(bytearray(_BLOCK))
   with open(path, 'rb', buffering=0) as f:
     while size := f.readinto(block):
@@ -99,7 +100,7 @@ def seal(root):
     finally:
       os.close(fd)
   seal = {'version': VERSION, 'files': {
-      name: {'size': size, 'xxh3_128': _of_file(root / name)} for name, size in found.items()}}
+      name: {'size': size, 'xxh3_128': of_file(root / name)} for name, size in found.items()}}
   write_atomic(root / FILE, canonical(seal | {'self': _self(seal)}))
 
 
@@ -147,7 +148,7 @@ def problems(root) -> list[str]:
       problems.append(f'{name}: {found[name]} bytes, expected {listed[name]["size"]}')
     else:
       try:
-        seen = _of_file(root / name)
+        seen = of_file(root / name)
       except OSError as e:
         problems.append(f'{name}: cannot be read ({e.strerror})')
         continue

@@ -4,6 +4,7 @@ Each expert is an ordinary workdir, F/experts/NAME, that needs its own data and 
 branches can be trained in any order, on different machines, and registered when they are there.
 """
 
+import contextlib
 from pathlib import Path
 
 from demix import catalogue, settings, train
@@ -11,60 +12,79 @@ from demix.config import Config
 from demix.errors import BadInput
 from demix.forest import manifest, plan
 from demix.forest.manifest import SEED
+from demix.lifecycle import average
 from demix.lifecycle.forests import names, state_of
+from demix.lifecycle.register import register
 from demix.workdir import hold
 
 
 def config_of(folder: Path, forest: dict, name: str, data: str) -> Config:
-  """The Config that the seed or an expert is trained with."""
-  nested = plan.config_of(forest['plan'], name)
+  """The Config that the seed or an expert is trained with; what it starts from is there."""
+  content = forest['plan']
+  nested = plan.config_of(content, name)
   nested['data']['path'] = data
+  if every := plan.keep_every(content, name):
+    nested['train']['keep_every'] = every
   if name != SEED:
-    parent, _, step = forest['plan']['experts'][name].get('parent', SEED).partition('@')
-    if parent != plan.RANDOM:
-      where = folder / plan.folder_of(parent)
-      step = step or (forest['base'] if parent == SEED else forest['experts'][parent])['step']
-      nested['init']['model'] = f'{where}@{step}'
+    parent = plan.parent_of(content, name)
+    if parent.averaged:
+      where = folder / plan.parent_folder(name)
+      nested['init']['model'] = f'{where}@{catalogue.steps(where / "checkpoints")[-1]}'
+    elif parent.names:
+      entry = _entry(forest, parent.names[0])
+      step = plan.step_of(content, name) or entry['step']
+      nested['init']['model'] = f'{folder / entry["workdir"]}@{step}'
   return settings.from_dict(Config, nested, f'plan of {name}')
 
 
-def register(folder: Path, name: str):
-  """Writes a finished workdir of the plan into the manifest.
+def _entry(forest: dict, name: str) -> dict | None:
+  return forest['base'] if name == SEED else forest['experts'].get(name)
+
+
+def make_parent(folder: Path, forest: dict, name: str, data: str, say=print):
+  """Writes the average that an expert starts from, an ordinary workdir, F/parents/NAME.
 
   Raises:
-    BadInput: it is not there, or not finished.
+    BadInput: a parent is not registered yet.
+    Refused: the parents do not go together.
   """
-  forest = manifest.load(folder)
-  state, step, wanted = state_of(folder, forest, name)
-  if state not in ('finished', 'registered'):
-    raise BadInput(f'{folder / plan.folder_of(name)}: {state} at step {step} of {wanted}: train it '
-                   f'first (forest run --forest={folder} --only={name})')
-  directory = folder / plan.folder_of(name) / 'checkpoints'
-  catalogue.require(directory, step)  # every byte is read
-  meta = catalogue.read_meta(directory, step)
-  entry = {'workdir': plan.folder_of(name), 'step': step, 'content_digest': meta['content_digest']}
-  with manifest.edit(folder) as forest:
-    if name == SEED:
-      forest['base'] = entry
-      return
-    branch = forest['plan']['experts'][name]
-    forest['experts'][name] = entry | {
-        'kind': 'full', 'parents': plan.parents(branch), 'domains': list(branch['domains']),
-        'steps': step, 'tokens': meta['ledger']['tokens'], 'gate': None, 'artefacts': {},
-        'fingerprints': {'tokenizer': meta['tokenizer'], 'data': meta['data']}}
+  parent, content = plan.parent_of(forest['plan'], name), forest['plan']
+  models = {}
+  for other in parent.names:
+    entry = _require(forest, name, other)
+    models[other] = f'{folder / entry["workdir"]}@{entry["step"]}'
+  target = folder / plan.parent_folder(name)
+  say(f'{name:<12} starts from an average: {parent}')
+  [domain, *_] = content['experts'][name]['domains']
+  weights = list(parent.weights) or 'posterior'
+  if len(models) == 1:
+    weights = [1.0]
+  average.merge(models, target, weights=weights, domain=domain, data=data, say=say, single=True)
 
 
-def grow(folder, *, only=(), data: str = '', say=print) -> list[str]:
+def _require(forest: dict, name: str, parent: str) -> dict:
+  entry = _entry(forest, parent)
+  if not entry:
+    raise BadInput(f'{name} branches from {parent}, which is not trained yet: run it first '
+                   f'(--only={parent})')
+  return entry
+
+
+def grow(folder, *, only=(), data: str = '', together: bool = False, require_gain: bool = False,
+         limit: int = 0, say=print) -> list[str]:
   """Trains and registers what the plan says and is not done yet; the same again goes on.
 
   Args:
     folder: the forest. only: names; () for all. data: token store; that of the plan by default.
+    together: experts whose parents are there are trained in one process, side by side.
+    require_gain, limit: see lifecycle.register.add.
 
   Returns:
     Names that were trained or registered.
 
   Raises:
     BadInput: no plan, an unknown name, or a parent that is not registered yet.
+    Refused: an expert that the gate refuses; it stays trained and unregistered.
   """
   folder = Path(folder)
   forest = manifest.load(folder)
@@ -78,22 +98,57 @@ def grow(folder, *, only=(), data: str = '', say=print) -> list[str]:
     if only and name not in only:
       continue
     forest = manifest.load(folder)
-    state, step, wanted = state_of(folder, forest, name)
+    state, step, _ = state_of(folder, forest, name)
     if state == 'registered':
       say(f'{name:<12} is there, step {step}')
       continue
     if state == 'differs':
       raise BadInput(f'{folder / plan.folder_of(name)} is not what {manifest.FILE} says of {name}: '
                      'restore it, or remove the expert')
-    for parent in (plan.parents(forest['plan']['experts'][name]) if name != SEED else ()):
-      if not (forest['base'] if parent == SEED else parent in forest['experts']):
-        raise BadInput(f'{name} branches from {parent}, which is not trained yet: run it first '
-                       f'(--only={parent})')
+    store, group = data or forest['plan']['data'], [name]
+    if together and state != 'finished':
+      group += [n for n in only or known if n != name and ready(folder, forest, n)]
+    for other in group:
+      if other != SEED:
+        prepare(folder, forest, other, store, say)
     if state != 'finished':
-      say(f'{name:<12} to be trained: step {step} of {wanted}')
-      config = config_of(folder, forest, name, data or forest['plan']['data'])
-      with hold(folder / plan.folder_of(name), 'forest') as held:
-        train.run(config, held)
-    register(folder, name)
+      _train(folder, forest, group, store, say)
+    register(folder, name, data=store, require_gain=require_gain, limit=limit, say=say)
     done.append(name)
   return done
+
+
+def prepare(folder: Path, forest: dict, name: str, data: str, say=print):
+  """Sees to it that what an expert starts from is there: averages are made.
+
+  Raises:
+    BadInput: a parent is not registered yet.
+  """
+  parent = plan.parent_of(forest['plan'], name)
+  if not parent.averaged:
+    for other in parent.names:
+      _require(forest, name, other)
+  elif not catalogue.steps(folder / plan.parent_folder(name) / 'checkpoints'):
+    make_parent(folder, forest, name, data, say)
+
+
+def ready(folder: Path, forest: dict, name: str) -> bool:
+  """Whether an expert is still to be trained and all that it comes from is registered."""
+  parents = plan.parent_of(forest['plan'], name).names if name != SEED else ()
+  return (all(_entry(forest, parent) for parent in parents)
+          and state_of(folder, forest, name)[0] in ('missing', 'training'))
+
+
+def _train(folder: Path, forest: dict, group: list[str], data: str, say):
+  """Trains one of the plan, or several side by side, all of whose workdirs are held."""
+  with contextlib.ExitStack() as stack:
+    members = {}
+    for name in group:
+      _, step, wanted = state_of(folder, forest, name)
+      say(f'{name:<12} to be trained: step {step} of {wanted}')
+      held = stack.enter_context(hold(folder / plan.folder_of(name), 'forest'))
+      members[name] = config_of(folder, forest, name, data), held
+    if len(group) == 1:
+      train.run(*members[group[0]])
+    else:
+      train.together(members, say)

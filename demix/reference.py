@@ -57,6 +57,19 @@ class Loaded:
                      'its token store with --data')
     return Tokenizer.load(folder)
 
+  def clusterer(self, folder: str = ''):
+    """The data.clusterer.Clusterer of the clusters that the members were trained on, its centres in
+    the order of the members.
+
+    Args:
+      folder: where it is; by default in the token store of the training.
+
+    Raises:
+      BadInput: a member was not trained on a cluster, or there is no clusterer. Refused: it is not
+        the one that made the member's domain.
+    """
+    return _clusterer(self, {self.workdir: self.members.names}, folder or self.config.data.path)
+
   @property
   def domains(self) -> tuple:
     """Training domains, in the order of routes."""
@@ -69,6 +82,12 @@ class Loaded:
   def counts(self) -> tuple[int, int]:
     """(total, active) parameters."""
     return self.model.counts()
+
+  @property
+  def unearned(self) -> list:
+    """Experts that were added without a gain over their parent, or were not compared."""
+    return [r['expert'] for r in self.meta.get('lifecycle', []) if r['operation'] == 'add'
+            and r['expert'] in self.members.names and not (r['gate'] or {}).get('passed')]
 
   def take(self, names) -> 'Loaded':
     """Itself: its experts share their parameters."""
@@ -101,6 +120,7 @@ class LoadedForest:
   Attributes:
     workdir: the forest's folder. names: of the experts. steps: of their checkpoints.
     metas: their meta.json. folders: their workdirs. trained: what each was trained on.
+    earned: whether each beat its parent when it was registered, or has none.
     seed_meta: the seed's meta.json, or None; for the ledger.
   """
   workdir: Path
@@ -109,10 +129,16 @@ class LoadedForest:
   metas: tuple
   folders: tuple
   trained: tuple
+  earned: tuple
   seed_meta: dict | None
   expert: str | None = None
 
   tokenizer = Loaded.tokenizer
+
+  def clusterer(self, folder: str = ''):
+    """See Loaded.clusterer."""
+    return _clusterer(self, dict(zip(self.folders, ((n,) for n in self.names))),
+                      folder or self.config.data.path)
 
   @functools.cached_property
   def config(self):
@@ -143,10 +169,12 @@ class LoadedForest:
   @functools.cached_property
   def params(self) -> dict:
     """The running tree with a leading axis E: every expert's parameters, restored and verified."""
-    import jax
-    import jax.numpy as jnp
-    trees = [load(f'{folder}@{step}').params for folder, step in zip(self.folders, self.steps)]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+    return stacked([f'{folder}@{step}' for folder, step in zip(self.folders, self.steps)])
+
+  @property
+  def unearned(self) -> list:
+    """Experts that did not beat their parent when they were registered, or were not compared."""
+    return [name for name, earned in zip(self.names, self.earned) if not earned]
 
   @property
   def domains(self) -> tuple:
@@ -183,32 +211,71 @@ class LoadedForest:
     kept = [i for i, n in enumerate(self.names) if n in names]
     pick = lambda values: tuple(values[i] for i in kept)
     return dataclasses.replace(self, **{f: pick(getattr(self, f)) for f in (
-        'names', 'steps', 'metas', 'folders', 'trained')})
+        'names', 'steps', 'metas', 'folders', 'trained', 'earned')})
+
+
+def stacked(models) -> dict:
+  """The running trees of models (references) of one architecture as one, every leaf with a leading
+  axis E. Beside the result one of them is in memory at a time."""
+  import jax.numpy as jnp
+  import numpy as np
+
+  from demix import tree
+  out = {}
+  for i, text in enumerate(models):
+    for name, leaf in tree.flatten(load(text).params).items():
+      if not i:
+        out[name] = np.empty((len(models), *leaf.shape), leaf.dtype)
+      out[name][i] = leaf
+  return tree.unflatten({name: jnp.asarray(out.pop(name)) for name in list(out)})
+
+
+def _clusterer(loaded, members: dict, folder: str):
+  """See Loaded.clusterer; `members`: {workdir: the members that were trained there}."""
+  from demix.data.clusterer import Clusterer
+  from demix.data.store import read_card
+  from demix.errors import Refused
+  found = Clusterer.load(folder)
+  cluster = {loaded.given(name): name for name in found.names}
+  for workdir, names in members.items():
+    made = read_card(workdir / 'data').get('clusterer', {}).get('fingerprint')
+    for name in names:
+      if made is None or name not in cluster:
+        raise BadInput(f'expert {name} of {loaded.workdir} was not trained on one of the clusters '
+                       f'{", ".join(found.names)}: mix by clusters what was trained on a store '
+                       'that prepare --discover made')
+    if made != found.fingerprint:
+      raise Refused(f'{workdir} was trained on clusters of the clusterer {made}, {folder} has '
+                    f'{found.fingerprint}: name its own with --mix.clusterer')
+  return found.take([cluster[n] for names in members.values() for n in names])
 
 
 def load_forest(folder: Path) -> LoadedForest:
-  """The finished experts of a forest, checked against its manifest; no arrays are read.
+  """The finished experts of a forest, checked against its manifest. No arrays are read, and files
+  are verified when they are: of experts that are not asked for, only meta.json is opened.
 
   Raises:
     BadInput: no forest, no expert in it, or one whose checkpoint is not what the manifest says.
     Refused: experts that cannot be mixed; every difference is named.
   """
-  from demix import checkpoint
+  from demix import catalogue
   from demix.errors import Refused
   from demix.forest import manifest
   forest = manifest.load(folder)
-  names, steps, metas, folders, trained = [], [], [], [], []
+  names, steps, metas, folders, trained, earned = [], [], [], [], [], []
   for name, entry in forest['experts'].items():
     if entry.get('kind', 'full') != 'full':
       continue
     where = folder / entry['workdir']
-    step = checkpoint.require(where / 'checkpoints', entry['step'])
-    meta = checkpoint.read_meta(where / 'checkpoints', step)
+    step = entry['step']
+    meta = catalogue.read_meta(where / 'checkpoints', step)
     if meta['content_digest'] != entry['content_digest']:
       raise BadInput(f'{where}@{step}: content digest {meta["content_digest"]}, but {folder} names '
                      f'{entry["content_digest"]} for expert {name}: restore it, or remove it')
-    for values, value in zip((names, steps, metas, folders, trained),
-                             (name, step, meta, where, tuple(entry['domains']))):
+    gate = entry.get('gate') or {}
+    for values, value in zip((names, steps, metas, folders, trained, earned),
+                             (name, step, meta, where, tuple(entry['domains']),
+                              not entry['parents'] or bool(gate.get('passed')))):
       values.append(value)
   if not names:
     raise BadInput(f'{folder}: a forest without finished experts: train one first')
@@ -221,7 +288,8 @@ def load_forest(folder: Path) -> LoadedForest:
   if differences:
     raise Refused(f'forest {folder}: experts that cannot be mixed: {"; ".join(differences)}')
   seed_meta = manifest.seed_meta(folder, forest)
-  return LoadedForest(folder, *map(tuple, (names, steps, metas, folders, trained)), seed_meta)
+  found = map(tuple, (names, steps, metas, folders, trained, earned))
+  return LoadedForest(folder, *found, seed_meta)
 
 
 def parse(text: str) -> Reference:

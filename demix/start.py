@@ -15,6 +15,7 @@ from demix.config import NEAREST, Config, InitConfig
 from demix.data.store import TokenStore
 from demix.errors import BadInput, DemixError
 from demix.eval import mixing
+from demix.forest import lineage
 from demix.mix.members import ExpertMembers
 from demix.mix.mixture import MixConfig
 from demix.params import Model, expert_slice
@@ -30,7 +31,8 @@ class Start:
     model: its config; of the dense LM where an expert is taken out.
     record: what config.json and meta.json keep as `init`: model (as it was named), workdir, step,
       content_digest (of all its parameters), expert ('' for none), asked, posterior (by expert,
-      where it was estimated), schedule_steps (of its optimizer).
+      where it was estimated), schedule_steps (of its optimizer), ancestors (content digests that
+      the model goes back to).
   """
   model: ModelConfig
   record: dict
@@ -150,7 +152,8 @@ def find(config: Config, store: TokenStore, saved: dict | None, workdir) -> Star
   return Start(model, {
       'model': init.model, 'workdir': os.path.abspath(ref.workdir), 'step': step,
       'content_digest': meta['content_digest'], 'expert': asked, 'asked': asked, 'posterior': None,
-      'schedule_steps': parent.optimizer.schedule_steps})
+      'schedule_steps': parent.optimizer.schedule_steps,
+      'ancestors': sorted(lineage.ancestors(meta))})
 
 
 def _check(init: InitConfig, expert: str, config: Config, parent: Config, meta: dict, store):

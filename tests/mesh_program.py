@@ -46,7 +46,7 @@ def go(store, folder, axes, steps) -> list:
   devices, make = jax.devices()[:count], sharding.make_mesh
   sharding.make_mesh = lambda config, experts=0: make(config, devices, experts)
   with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-    Loop(Run(config(store, axes, steps), folder))()
+    Loop([Run(config(store, axes, steps), folder)])()
   sharding.make_mesh = make
   rows = map(json.loads, (folder / 'metrics.jsonl').read_text().splitlines())
   return [row['train/loss'] for row in rows]

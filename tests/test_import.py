@@ -20,7 +20,8 @@ LEVELS = (
     'params',
     'state',
     'step',
-    'catalogue checkpoint mix',
+    'together',
+    'catalogue leaves checkpoint mix',
     'forest',
     'config',
     'reference',
@@ -29,6 +30,7 @@ LEVELS = (
     'run generate',
     'train',
     'grow',
+    'analysis',
     'language_model',
     'multiple_choice',
     'analysis',
@@ -37,7 +39,7 @@ LEVELS = (
 )
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names.split()}
 # Inside a level of single files: these may import each other, in this order.
-ORDER = ('errors', 'settings', 'workdir', 'digests', 'catalogue', 'checkpoint')
+ORDER = ('errors', 'settings', 'workdir', 'digests', 'catalogue', 'leaves', 'checkpoint')
 HEAVY = {'jax', 'jaxlib', 'flax', 'optax', 'orbax', 'grain', 'numpy', 'ml_collections',
          'tokenizers'}
 FILES = sorted((ROOT / 'demix').rglob('*.py'))

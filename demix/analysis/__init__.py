@@ -1,1 +1,1 @@
-"""Pictures of numbers, and what compiled programs say about themselves."""
+"""Pictures of numbers: what a model, a run or a forest is made of, and what it takes."""

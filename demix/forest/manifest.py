@@ -1,26 +1,31 @@
 """forest.json: which experts a forest has, where they came from and what was measured of them.
 
-F/forest.json  {"version", "plan", "base", "experts": {name: entry}}
-  base         {"workdir", "step", "content_digest"} of the seed, or null
+F/forest.json  {"version", "plan", "base", "experts": {name: entry}, "removed", "self"}
+  base         {"workdir", "step", "content_digest", "files"} of the seed, or null
   entry        {"kind", "parents": {name or "seed": weight}, "domains", "steps", "tokens",
-               "workdir", "step", "content_digest", "fingerprints": {"tokenizer", "data"}, "gate",
-               "artefacts": {}}; workdirs are relative to F
+               "workdir", "step", "content_digest", "init": {"workdir", "step", "content_digest"} of
+               what it started from, or null, "fingerprints": {"tokenizer", "data"}, "gate",
+               "files": {path below the workdir: xxh3-128}, "artefacts": {}}; workdirs are relative
+               to F
+  self         xxh3-128 of the rest, for `verify`
 Edits are read, change, write under the lock of F, with a rename at the end: two writers lose
 nothing, and a kill leaves the old file or the new one. Fields that are not known here survive.
 """
 
 import contextlib
 import copy
+import os
 import re
 import time
 from pathlib import Path
 
 import orjson
+import xxhash
 
-from demix import catalogue
+from demix import catalogue, digests
 from demix.errors import BadInput, Locked
 from demix.settings import nearest
-from demix.workdir import hold, write_atomic
+from demix.workdir import LOCK, hold, write_atomic
 
 VERSION = 1
 FILE = 'forest.json'
@@ -78,10 +83,11 @@ def check(forest: dict, path):
 
 
 def order(forest: dict, path='the forest') -> list[str]:
-  """Experts, each behind its parents. BadInput: a cycle; its names are given."""
+  """Experts, each behind those of its parents that are there. BadInput: a cycle; its names are
+  given."""
   experts, out, under_way = forest['experts'], [], []
   def visit(name):
-    if name in out or name == SEED:
+    if name in out or name not in experts:
       return
     if name in under_way:
       cycle = ' → '.join([*under_way[under_way.index(name):], name])
@@ -111,6 +117,7 @@ def edit(folder, wait: float = 30.0):
     yield forest
     check(forest, path)
     if forest != before or not path.exists():
+      forest['self'] = _self(forest)
       try:
         write_atomic(path, orjson.dumps(forest, option=orjson.OPT_INDENT_2) + b'\n')
       except OSError as e:
@@ -170,18 +177,60 @@ def seed_meta(folder, forest: dict) -> dict | None:
     return None
 
 
+def _self(forest: dict) -> str:
+  rest = {k: v for k, v in forest.items() if k != 'self'}
+  return xxhash.xxh3_128_hexdigest(orjson.dumps(rest))
+
+
+def files_of(workdir) -> dict:
+  """{path: xxh3-128} of what lies in a workdir beside its checkpoints, which are sealed."""
+  workdir, out = Path(workdir), {}
+  for path, names, files in os.walk(workdir):
+    names[:] = sorted(n for n in names if n != 'checkpoints')
+    for file in sorted(files):
+      if file != LOCK:
+        full = Path(path) / file
+        out[str(full.relative_to(workdir))] = digests.of_file(full)
+  return out
+
+
 def problems(folder, forest: dict) -> list[str]:
-  """Reads every byte of every checkpoint that the manifest names; one line for each that is amiss:
-  the expert, the file, what is wrong."""
-  out = []
+  """Reads every byte of what the manifest names; a line for each file that is amiss: the expert,
+  the file, what is wrong. Checkpoints of other steps and averages that experts started from too."""
+  folder, out = Path(folder), []
+  if forest.get('self') not in (None, _self(forest)):
+    out.append(f'{folder / FILE}: changed, and not by demix: restore it from a copy')
   entries = {SEED: forest['base']} if forest['base'] else {}
   for name, entry in (entries | forest['experts']).items():
-    directory = Path(folder) / entry['workdir'] / 'checkpoints'
-    found = catalogue.verify(directory, entry['step'])
-    out += [f'{name}: {directory / str(entry["step"])}: {problem}' for problem in found]
-    if not found:
-      digest = catalogue.read_meta(directory, entry['step'])['content_digest']
+    workdir = folder / entry['workdir']
+    out += [f'{name}: {problem}' for problem in _of_checkpoints(workdir, entry)]
+    try:
+      found = files_of(workdir) if 'files' in entry else {}
+    except OSError as e:
+      out.append(f'{name}: {e.filename}: cannot be read ({e.strerror})')
+      continue
+    for file, digest in entry.get('files', {}).items():
+      if found.get(file) != digest:
+        what = 'missing' if file not in found else f'digest {found[file]}, expected {digest}'
+        out.append(f'{name}: {workdir / file}: {what}')
+    init = entry.get('init')
+    if init and (folder / init['workdir']).parent == folder / 'parents':
+      out += [f'{name}: {problem}' for problem in _of_checkpoints(folder / init['workdir'], init)]
+  return out
+
+
+def _of_checkpoints(workdir: Path, entry: dict) -> list[str]:
+  directory, out = workdir / 'checkpoints', []
+  try:
+    steps = catalogue.steps(directory)
+  except BadInput as e:
+    return [str(e)]
+  for step in sorted({entry['step'], *steps}):
+    found = catalogue.verify(directory, step)
+    out += [f'{directory / str(step)}: {problem}' for problem in found]
+    if not found and step == entry['step']:
+      digest = catalogue.read_meta(directory, step)['content_digest']
       if digest != entry['content_digest']:
-        out.append(f'{name}: {directory / str(entry["step"])}: content digest {digest}, but {FILE} '
-                   f'says {entry["content_digest"]}')
+        out.append(f'{directory / str(step)}: content digest {digest}, but {FILE} says '
+                   f'{entry["content_digest"]}')
   return out

@@ -1,21 +1,24 @@
 """Whole LMs into one: checkpoints averaged from disk, into a workdir that names its parents.
 
-Moments are averaged with the parameters, so that training goes on from the result. Some leaves of
-one parent are read at a time; the result is in memory until it is written.
+Moments are averaged with the parameters, so that training goes on from the result. From disk to
+disk: a group of leaves is read of one parent after the other, and written before the next is read.
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from demix import checkpoint, reference
-from demix.config import InitConfig
+from demix import checkpoint, reference, settings
+from demix.config import Config, InitConfig
 from demix.data.store import TokenStore
 from demix.errors import BadInput, Refused
 from demix.eval import mixing, perplexity
-from demix.lifecycle.workdirs import Saved, check_free, open_saved, with_domains, with_entry, write
+from demix.forest import lineage
+from demix.leaves import Later, in_order
+from demix.lifecycle.workdirs import Saved, check_free, with_domains, with_entry, write
 from demix.merge import average
 from demix.mix.members import WholeMembers
 from demix.mix.mixture import MixConfig
@@ -23,14 +26,14 @@ from demix.params import Model
 from demix.progress import Progress
 
 HOW = ('uniform', 'posterior', 'argmax')
-_GROUP = 1 << 27  # bytes of leaves that are read at once: a read has a cost of its own
+_GROUP = 1 << 26  # bytes of leaves that are read at once: a read has a cost of its own
 
 
-def parents_of(models: dict) -> dict:
+def parents_of(models: dict, least: int = 2) -> dict:
   """{name: Saved}; a reference to a forest stands for all its experts.
 
   Raises:
-    BadInput: fewer than two models, or two of one name.
+    BadInput: fewer than `least` models, or two of one name.
   """
   out = {}
   for name, text in models.items():
@@ -42,27 +45,18 @@ def parents_of(models: dict) -> dict:
       if each in out:
         raise BadInput(f'two models are named {each!r}: write OTHER={reference_text}')
       out[each] = _open(reference_text)
-  if len(out) < 2:
+  if len(out) < least:
     raise BadInput(f'{len(out)} models to average: name two or more with --model, or a forest')
   return out
 
 
 def _open(text: str) -> Saved:
-  ref, _, step = reference.locate(text)
+  ref, directory, step = reference.locate(text)
   if ref.expert:
     raise BadInput(f'--model={text}: one expert of a DEMix LM has no checkpoint of its own: '
                    'average whole LMs')
-  return open_saved(f'{ref.workdir}@{step}', 'model')
-
-
-def ancestors(saved: Saved) -> set:
-  """Content digests that a checkpoint goes back to: its own, what its run started from, parents."""
-  out = {saved.meta['content_digest']}
-  if saved.meta.get('init'):
-    out.add(saved.meta['init']['content_digest'])
-  for record in saved.meta.get('lifecycle', []):
-    out |= set(record.get('ancestors', []))
-  return out
+  meta = checkpoint.read_meta(directory, step)
+  return Saved(ref.workdir, step, meta, settings.from_dict(Config, meta['config']))
 
 
 def check(parents: dict, unrelated: bool) -> set:
@@ -88,7 +82,7 @@ def check(parents: dict, unrelated: bool) -> set:
     problems += [f'{name} {k}={a!r}, {first} {b!r}' for k, a, b in pairs if a != b]
   if problems:
     raise Refused(f'these models cannot be averaged: {"; ".join(problems)}')
-  common = set.intersection(*(ancestors(s) for s in parents.values()))
+  common = set.intersection(*(lineage.ancestors(s.meta) for s in parents.values()))
   if not common and not unrelated:
     raise Refused(f'{", ".join(parents)} have no common ancestor: their average is noise (BTM §5); '
                   '--unrelated makes it all the same')
@@ -97,17 +91,19 @@ def check(parents: dict, unrelated: bool) -> set:
 
 def posterior(parents: dict, store: TokenStore, domain: str, config: MixConfig):
   """The cached prior (prior.Prior) of the parents on a domain's valid text."""
-  loaded = [reference.load(f'{s.workdir}@{s.step}') for s in parents.values()]
-  stacked = jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *(x.params for x in loaded))
-  members = WholeMembers(loaded[0].model, tuple(parents))
+  first = next(iter(parents.values())).config
+  params = reference.stacked([f'{s.workdir}@{s.step}' for s in parents.values()])
+  model = Model(first.model, first.execution, first.train.compute_dtype)
   evaluation = mixing.Evaluation(
-      members, stacked, [x.meta['content_digest'] for x in loaded], store,
-      (mixing.Mode('cached', config),), length=loaded[0].config.data.sequence_length)
+      WholeMembers(model, tuple(parents)), params,
+      [s.meta['content_digest'] for s in parents.values()], store,
+      (mixing.Mode('cached', config),), length=first.data.sequence_length)
   return evaluation.estimate(domain)[config.posterior]
 
 
 def merge(models: dict, workdir: str, *, weights='uniform', domain: str = '', data: str = '',
-          guard=(), unrelated: bool = False, mix: MixConfig | None = None, say=print) -> dict:
+          guard=(), unrelated: bool = False, mix: MixConfig | None = None, single: bool = False,
+          say=print) -> dict:
   """Averages checkpoints into a new workdir.
 
   Args:
@@ -117,7 +113,7 @@ def merge(models: dict, workdir: str, *, weights='uniform', domain: str = '', da
     data: token store, by default the first model's.
     guard: domains on whose valid text the result may not be worse than its best parent.
     unrelated: average even models without a common ancestor.
-    mix: how the posterior is estimated.
+    mix: how the posterior is estimated. single: one model may be the only one.
 
   Returns:
     {name: weight}.
@@ -128,7 +124,7 @@ def merge(models: dict, workdir: str, *, weights='uniform', domain: str = '', da
   """
   target = Path(workdir)
   check_free(target)
-  parents = parents_of(models)
+  parents = parents_of(models, 1 if single else 2)
   names, first = list(parents), next(iter(parents.values()))
   common = check(parents, unrelated)
   store, used = None, None
@@ -149,40 +145,69 @@ def merge(models: dict, workdir: str, *, weights='uniform', domain: str = '', da
   else:
     share = weights
   share = average.check_weights(share, names)
-  state = averaged(parents, share)
-  measured = guarded(parents, state, store, guard) if guard else None
+  measured = guarded(parents, averaged(parents, share), store, guard) if guard else None
   record = {'operation': 'average', 'how': weights if isinstance(weights, str) else 'given',
             'parents': [{'name': n, 'weight': float(w), **s.lineage()}
                         for (n, s), w in zip(parents.items(), share)],
             'domain': domain or None, 'ancestors': sorted(common), 'guard': measured}
-  write_result(target, parents, state, record)
+  with Progress(0, 'leaves', 'average') as progress:
+    state = averaged(parents, share, str(target.absolute().parent), progress)
+    write_result(target, parents, state, record)
   for name, weight in zip(names, share):
     say(f'{weight:8.4f}  {name}')
   say(f'written     {target}')
   return dict(zip(names, share.tolist()))
 
 
-def averaged(parents: dict, share) -> dict:
-  """{name: array} of all leaves, parameters and moments; the count of updates is the largest."""
-  saved = [s for s, w in zip(parents.values(), share) if w]
-  weights, names = [w for w in share if w], [n for n, w in zip(parents, share) if w]
-  leaves = checkpoint.names(saved[0].directory, saved[0].step)
-  for s in saved[1:]:
-    there = checkpoint.names(s.directory, s.step)
-    leaves = {n: x for n, x in leaves.items() if n in there}
-  out = {}
-  with Progress(len(leaves), 'leaves', 'average') as progress:
-    for group in groups(leaves):
-      parts = {name: [] for name in group}
-      for s in saved:
-        found = checkpoint.restore(s.directory, s.step, group)
-        for name in group:
-          parts[name].append(np.asarray(found.pop(name)))
-      for name, arrays in parts.items():
-        out[name] = max(arrays) if name == 'optimizer/count' else average.leaf(
-            name, zip(names, arrays), weights)
-      progress.update(len(out))
-  return out
+def averaged(parents: dict, share, folder: str = '', progress=None) -> dict:
+  """{name: leaves.Later} of all leaves, parameters and moments; the count of updates is the
+  largest. BadInput, when one is made: a parent's leaf is not finite.
+
+  Args:
+    folder: for sums of leaves that are too large for memory. progress: a Progress that counts.
+  """
+  chosen = {n: (s, w) for (n, s), w in zip(parents.items(), share) if w}
+  leaves = {}
+  for saved, _ in chosen.values():
+    there = checkpoint.names(saved.directory, saved.step)
+    leaves = {n: x for n, x in (leaves or there).items() if n in there}
+  sums = _Sums(chosen, {n: leaves[n] for n in in_order(leaves)}, folder, progress)
+  return {n: Later(n, *leaves[n], make=functools.partial(sums.take, n)) for n in sums.group_of}
+
+
+class _Sums:
+  """Averaged leaves, a group at a time; the last group is kept until its leaves are taken."""
+
+  def __init__(self, chosen: dict, leaves: dict, folder: str, progress):
+    self.chosen, self.folder, self.progress = chosen, folder, progress
+    self.group_of = {name: group for group in groups(leaves) for name in group}
+    self._made, self._count = {}, 0
+    if progress:
+      progress.total = len(leaves)
+
+  def take(self, name: str) -> np.ndarray:
+    if name not in self._made:
+      self._made = self._make(self.group_of[name])
+    self._count += 1
+    if self.progress:
+      self.progress.update(self._count)
+    return self._made.pop(name)
+
+  def _make(self, group: dict) -> dict:
+    large = sum(x.size * x.dtype.itemsize for x in group.values()) > _GROUP
+    sums = {name: average.Sum(name, self.folder if large else '') for name in group}
+    count = []
+    for parent, (saved, weight) in self.chosen.items():
+      found = checkpoint.restore(saved.directory, saved.step, group, host=True)
+      for name in group:
+        array = found.pop(name)
+        if name == 'optimizer/count':
+          count.append(array)
+        else:
+          sums[name].add(parent, array, weight)
+        del array
+    return {name: max(count) if name == 'optimizer/count' else total.total()
+            for name, total in sums.items()}
 
 
 def groups(leaves: dict):
@@ -213,7 +238,7 @@ def guarded(parents: dict, state: dict, store: TokenStore, domains) -> dict:
   model = Model(config.model, config.execution, config.train.compute_dtype)
   def score(params):
     return perplexity.evaluate(model, params, store, parts, length=config.data.sequence_length)
-  params = model.running({n.removeprefix('params/'): jax.numpy.asarray(x)
+  params = model.running({n.removeprefix('params/'): jax.numpy.asarray(x.make())
                           for n, x in state.items() if n.startswith('params/')})
   found = {'': score(params)}
   for name, saved in parents.items():

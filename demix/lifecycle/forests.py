@@ -1,5 +1,7 @@
-"""What the verb `forest` does with a forest's records: plan, status, list, tree, verify, remove."""
+"""What the verb `forest` does with a forest's records: plan, status, list, show, tree, verify,
+remove."""
 
+import math
 import os
 import shutil
 from pathlib import Path
@@ -9,6 +11,7 @@ from demix.data.store import TokenStore
 from demix.errors import BadInput, NothingToLoad
 from demix.forest import manifest, plan
 from demix.forest.manifest import SEED
+from demix.lifecycle import traces
 from demix.progress import quantity
 from demix.settings import nearest
 
@@ -23,7 +26,7 @@ def names(forest: dict) -> list[str]:
   """The seed and the planned experts, each behind its parent."""
   planned = forest['plan']['experts'] if forest['plan'] else {}
   seed = [SEED] if forest['plan'] and forest['plan']['seed'] is not None else []
-  parents = {'experts': {n: {'parents': plan.parents(b)} for n, b in planned.items()}}
+  parents = {'experts': {n: {'parents': plan.parents(forest['plan'], n)} for n in planned}}
   return seed + manifest.order(parents)
 
 
@@ -35,13 +38,19 @@ def write_plan(folder, content: dict, data: str, where: str) -> list[str]:
       registered have another plan.
   """
   content = plan.named(_plain(content), where) | {'data': os.path.abspath(data)}
-  plan.check(content, where)
+  there = manifest.load(folder)['experts'] if (Path(folder) / manifest.FILE).exists() else ()
+  plan.check(content, where, there)
   store = TokenStore.open(data)
   for name, branch in content['experts'].items():
-    for domain in branch['domains']:
+    for domain in store.leaves(branch['domains']):
       if domain not in store.domains:
         raise BadInput(f'{where}: expert {name} wants domain {domain!r}, {data} has no such domain'
                        f'{nearest(domain, store.domains)}')
+    if plan.parent_of(content, name).how == plan.POSTERIOR:
+      [domain] = branch['domains']
+      if 'valid' not in store.splits(domain):
+        raise BadInput(f'{where}: expert {name} has parent={plan.POSTERIOR}, and {data} has no '
+                       f'valid text of {domain} to estimate it on')
   for name in [SEED] * (content['seed'] is not None) + list(content['experts']):
     plan.config_of(content, name)
   with manifest.edit(folder) as forest:
@@ -62,8 +71,11 @@ def _plain(value):
 
 
 def _asked(content, name):
-  known = name == SEED or name in content['experts']
-  return plan.config_of(content, name) if known else None
+  if name == SEED:
+    return plan.config_of(content, name) if content['seed'] is not None else None
+  if name not in content['experts']:
+    return None
+  return str(plan.parent_of(content, name)), plan.config_of(content, name)
 
 
 def state_of(folder: Path, forest: dict, name: str) -> tuple[str, int, int]:
@@ -90,8 +102,9 @@ def status(folder) -> list[str]:
   for name in names(forest):
     state, step, wanted = state_of(folder, forest, name)
     branch = forest['plan']['experts'].get(name, {})
-    lines.append([name, ','.join(branch.get('domains', ())) or 'all', branch.get(
-        'parent', '' if name == SEED else SEED), quantity(plan.tokens_of(forest['plan'], name)),
+    parent = '' if name == SEED else str(plan.parent_of(forest['plan'], name))
+    tokens = quantity(plan.tokens_of(forest['plan'], name))
+    lines.append([name, ','.join(branch.get('domains', ())) or 'all', parent, tokens,
                   f'{state}, step {step} of {wanted}' if state != 'missing' else 'missing'])
   for name, entry in forest['experts'].items():
     if name not in forest['plan']['experts']:
@@ -103,13 +116,62 @@ def status(folder) -> list[str]:
 def listed(folder) -> list[str]:
   """The experts that are there."""
   forest = manifest.load(folder)
-  lines = [['expert', 'domains', 'parents', 'step', 'tokens', 'workdir']]
+  lines = [['expert', 'domains', 'parents', 'step', 'tokens', 'gate', 'workdir']]
   for name, entry in forest['experts'].items():
-    parents = ', '.join(f'{p} {w:g}' if len(entry['parents']) > 1 else p
-                        for p, w in entry['parents'].items())
-    lines.append([name, ','.join(entry['domains']), parents or 'random', str(entry['step']),
-                  quantity(entry.get('tokens', 0)), entry['workdir']])
+    lines.append([name, ','.join(entry['domains']), _parents(entry), str(entry['step']),
+                  quantity(entry.get('tokens', 0)), _gate(entry), entry['workdir']])
   return layout(lines)
+
+
+def _parents(entry: dict) -> str:
+  """'seed', 'law 0.6, bio 0.4', 'random'."""
+  several = len(entry['parents']) > 1
+  return ', '.join(f'{p} {w:.3g}' if several else p
+                   for p, w in entry['parents'].items()) or 'random'
+
+
+def _gate(entry: dict) -> str:
+  gate = entry.get('gate')
+  if not gate:
+    return 'no parent' if not entry['parents'] else 'FLAGGED: not compared'
+  return f'{"" if gate["passed"] else "FLAGGED: "}gain {gate["gain"]:.4f} nats'
+
+
+def show(folder, name: str) -> list[str]:
+  """All that is known of one expert, or of the seed.
+
+  Raises:
+    BadInput: there is no such expert.
+  """
+  folder, forest = Path(folder), manifest.load(folder)
+  if name == SEED and forest['base']:
+    entry = forest['base'] | {'parents': {}}
+  else:
+    entry = manifest.require(forest, name, folder)
+  meta = manifest.meta_of(folder, entry)
+  shapes = [x['shape'] for n, x in meta['leaves'].items() if n.startswith('params/')]
+  init, below = entry.get('init'), manifest.descendants(forest, name)
+  gate = entry.get('gate')
+  lines = [
+      ['name', name], ['kind', entry.get('kind', 'full')],
+      ['domains', ', '.join(entry.get('domains', meta['domains']))],
+      ['parents', _parents(entry)],
+      ['started from', '{workdir}@{step}, {content_digest}'.format(**init) if init else ''],
+      ['descendants', ', '.join(below)],
+      ['workdir', f'{folder / entry["workdir"]}, step {entry["step"]}'],
+      ['parameters', quantity(sum(map(math.prod, shapes)))],
+      ['trained', ', '.join(f'{quantity(meta["ledger"][k])} {text}' for k, text in (
+          ('tokens', 'tokens'), ('flops', 'FLOPs'), ('seconds', 's')))],
+      ['epochs', ', '.join(f'{d} {e:.2f}' for d, e in meta['epochs'].items())],
+      ['gate', f'{_gate(entry)} ({gate["parent_nll"]:.4f} → {gate["nll"]:.4f} on {gate["tokens"]} '
+               f'tokens of {gate["split"]})' if gate else _gate(entry)],
+      ['content digest', entry['content_digest']], ['tokenizer', meta['tokenizer']],
+      ['data', meta['data']]]
+  lines += [[k, str(v)] for k, v in entry.get('artefacts', {}).items()]
+  planned = forest['plan'] and plan.config_of(forest['plan'], name) if name == SEED or (
+      forest['plan'] and name in forest['plan']['experts']) else None
+  lines.append(['planned', f'{planned["train"]["steps"]} steps' if planned else 'no'])
+  return layout([line for line in lines if line[1]])
 
 
 def tree(folder) -> list[str]:
@@ -151,30 +213,48 @@ def verify(folder) -> list[str]:
           'written']
 
 
-def remove(folder, name: str) -> list[str]:
-  """Takes an expert out of the manifest and deletes its folder; lists what came from it.
+def remove(folder, name: str, search=()) -> list[str]:
+  """Takes an expert out of the manifest and the plan and deletes its folder; lists what came from
+  it and what else saw its data.
+
+  Args:
+    search: folders below which traces are looked for, besides that of the forest.
 
   Raises:
-    BadInput: there is no such expert.
+    BadInput: there is no such expert or folder.
   """
   folder = Path(folder)
   forest = manifest.load(folder)
   entry = manifest.require(forest, name, folder)
-  below = manifest.descendants(forest, name)
+  for other in search:
+    if not Path(other).is_dir():
+      raise BadInput(f'--search={other}: no such folder')
+  below, workdir = manifest.descendants(forest, name), folder / entry['workdir']
+  tainted = traces.find_whole(name, entry, workdir, [folder.absolute().parent, *map(Path, search)])
+  unplanned = []
   with manifest.edit(folder) as forest:
     manifest.require(forest, name, folder)
     forest.setdefault('removed', {})[name] = {
         'content_digest': entry['content_digest'], 'domains': entry['domains'],
-        'descendants': below}
+        'descendants': below, 'tainted': tainted}
     del forest['experts'][name]
     for other in forest['experts'].values():  # they stay; where they came from is written down
       if name in other['parents']:
         other.setdefault('removed_parents', {})[name] = other['parents'].pop(name)
         left = sum(other['parents'].values())
         other['parents'] = {p: w / left for p, w in other['parents'].items()} if left else {}
-  shutil.rmtree(folder / entry['workdir'], ignore_errors=True)
+    if forest['plan'] and name in forest['plan']['experts']:  # else `run` would train it again
+      forest['plan'], unplanned = plan.without(forest['plan'], name)
+      unplanned = [n for n in unplanned if n not in forest['experts']]
   lines = [f'removed     {name} (content digest {entry["content_digest"]})']
+  if workdir.absolute().parent == (folder / 'experts').absolute():
+    shutil.rmtree(workdir, ignore_errors=True)
+  else:
+    lines.append(f'left        {workdir}: it does not lie in the forest; delete it yourself')
   lines += [f'tainted     {other}: branched from {name}' for other in below]
+  lines += [f'tainted     {e["path"]}{", checkpoints " * bool(e["checkpoints"])}'
+            f'{", ".join(e["checkpoints"])}: {e["why"]}' for e in tainted]
+  lines += [f'unplanned   {other}: it would have branched from {name}' for other in unplanned]
   seed = manifest.seed_meta(folder, forest)
   if seed and set(entry['domains']) & set(seed['domains']):
     lines.append('residue     the seed was trained on its domain too: this is access restriction, '

@@ -55,6 +55,65 @@ def find(expert: str, history: list, left: tuple, new: Path, model: Path, folder
   return out + priors_of(expert, priors)
 
 
+def find_whole(name: str, entry: dict, workdir: Path, folders) -> list[dict]:
+  """All traces of an expert of a forest outside its own workdir, by content digest: copies of it,
+  averages that it is part of, runs that started from any of these, runs on its domains, priors over
+  it, clusters made of its text.
+
+  Args:
+    name: of the expert. entry: of the manifest. workdir: the expert's, which is about to go.
+    folders: where to look.
+
+  Returns:
+    As `find`.
+  """
+  own = {entry['content_digest']}
+  for step in catalogue.steps(workdir / 'checkpoints'):
+    meta, _ = _read(workdir, step)
+    own |= {meta['content_digest']} if meta else set()
+  held = set(own)
+  runs, priors = _walk(folders)
+  runs = [r for r in runs if r.resolve() != workdir.resolve()]
+  found = [(run, step, *_read(run, step)) for run in runs
+           for step in catalogue.steps(run / 'checkpoints')]
+  why: dict[tuple, list] = {}
+  while True:  # averages of averages, runs from these: until nothing is new
+    before = len(held)
+    for run, step, meta, problem in found:
+      reasons = [problem] if problem else _whole_reasons(meta, own, held)
+      if reasons and not problem:
+        held.add(meta['content_digest'])
+      if not problem and (on := [d for d in meta['on'] if d in entry['domains']]):
+        reasons.append(f'was trained on domain {", ".join(on)}')
+      if reasons:
+        why[run, step] = reasons
+    if before == len(held):
+      break
+  out = []
+  for run in runs:
+    steps = [s for r, s in why if r == run]
+    if steps:
+      reasons = dict.fromkeys(reason for s in steps for reason in why[run, s])
+      out.append(_entry(run, [*map(str, steps), *_bad(run)], reasons))
+  return out + priors_of(name, priors, own)
+
+
+def _whole_reasons(meta, own, held) -> list[str]:
+  """Why a checkpoint is the expert (one of the digests `own`) or comes from one of `held`."""
+  reasons = ['is a copy of it'] if meta['content_digest'] in own else []
+  init = meta.get('init')
+  if init and held & {init['content_digest'], *init.get('ancestors', ())}:
+    reasons.append(f'started from {init["model"]}, which holds it')
+  for record in meta.get('lifecycle', []):
+    if record['operation'] == 'average':
+      of = [p['name'] for p in record['parents'] if p['weight'] and p['content_digest'] in held]
+      if of:
+        reasons.append(f'is an average of {", ".join(of)} and others')
+  if meta['content_digest'] in held and not reasons:
+    reasons.append('is a copy of what comes from it')
+  return reasons
+
+
 def _entry(path, checkpoints, reasons) -> dict:
   return {'path': os.path.abspath(path), 'checkpoints': checkpoints, 'why': ', '.join(reasons)}
 
@@ -127,14 +186,17 @@ def _walk(folders) -> tuple[list[Path], list[Path]]:
   return runs, priors
 
 
-def priors_of(expert: str, files) -> list[dict]:
-  """Entries for those of the priors files that name the expert, or cannot be read."""
+def priors_of(expert: str, files, digests=()) -> list[dict]:
+  """Entries for those of the priors files that name the expert, or cannot be read; with `digests`,
+  content digests, of those that have digests only if one is among them."""
   out = []
   for file in files:
     try:
-      entries = json.loads(file.read_bytes())['priors']
-      if any(expert in entry['experts'] for entry in entries):
-        out.append(_entry(file, [], [f'a prior over experts with {expert}']))
+      for entry in json.loads(file.read_bytes())['priors']:
+        there = dict(zip(entry['experts'], entry.get('digests') or ()))
+        if expert in entry['experts'] and (not digests or there.get(expert) in {None, *digests}):
+          out.append(_entry(file, [], [f'a prior over experts with {expert}']))
+          break
     except (OSError, ValueError, KeyError, TypeError):
       out.append(_entry(file, [], ['priors that cannot be read: look for yourself']))
   return out

@@ -13,11 +13,14 @@ ACTIONS = {
     'tree': 'who branched from whom in a forest',
     'verify': 'reads every byte of every expert of a forest again',
     'list': 'experts, where each comes from; of a forest or of a DEMix LM',
-    'add': 'the FFNs of a run that started from one expert, as a new expert of a new workdir',
+    'show': 'all that is known of one expert of a forest',
+    'add': 'a finished workdir as a new expert of a forest; or the FFNs of a run that started from '
+           'one expert of a DEMix LM, in a new workdir',
     'remove': 'an expert out of a forest; or a new workdir of a DEMix LM without one expert; and '
               'what still holds it or its data',
 }
 NEW = 'folder of the new model; must not exist'
+LIMIT = "gate: sequences of valid text of the expert's domains; 0: all"
 
 
 def run(argv: list[str]) -> int:
@@ -35,9 +38,8 @@ def run(argv: list[str]) -> int:
   verb = Verb(f'forest {action}', ACTIONS[action])
   if action in ('list', 'add', 'remove'):
     verb.string('model', '', 'the DEMix LM: W or W@STEP')
-  if action != 'add':
-    verb.string('forest', '', 'folder of the forest')
-  code = {'list': _list, 'add': _add, 'remove': _remove, 'plan': _plan, 'run': _run,
+  verb.string('forest', '', 'folder of the forest')
+  code = {'list': _list, 'show': _show, 'add': _add, 'remove': _remove, 'plan': _plan, 'run': _run,
           'status': _status, 'tree': _tree, 'verify': _verify}[action](verb, rest)
   return code or 0
 
@@ -64,10 +66,17 @@ def _plan(verb, argv):
 def _run(verb, argv):
   verb.string('only', '', 'comma-separated names: seed, or experts; all by default')
   verb.string('data', '', "token store; the plan's by default")
+  verb.integer('limit', 0, LIMIT)
+  verb.boolean('together', 'experts whose parents are there are trained side by side in this '
+               'process (train.lift says how)')
+  verb.boolean('require_gain', 'exit 3 and do not register an expert that is no better than its '
+               'parent')
   given, _ = verb.parse(argv)
-  from demix.grow import grow
   names = tuple(n.strip() for n in given.only.split(',') if n.strip())
-  grow(_forest(given), only=names, data=given.data)
+  folder, limit = _forest(given), _limit(given)
+  from demix.grow import grow
+  grow(folder, only=names, data=given.data, together=given.together,
+       require_gain=given.require_gain, limit=limit)
 
 
 def _status(verb, argv):
@@ -100,33 +109,55 @@ def _list(verb, argv):
   print('\n'.join(listing.experts(model)))
 
 
-def _add(verb, argv):
-  verb.string('expert', '', 'name of the new expert, that of its domain')
-  verb.string('from', '', 'the run with its FFNs: started from an expert, init.trainable=ffn')
-  verb.string('workdir', '', NEW)
-  verb.string('data', '', 'token store for the gate; the one the run trained on by default')
-  verb.integer('limit', 0, "sequences of the domain's valid text for the gate; 0: all")
-  verb.boolean('require_gain', 'exit 3 and write nothing if it is no better than its parent')
-  given, _ = verb.parse(argv)
-  model, expert = _model(given), require(given.expert, 'expert', 'the name of the new expert')
-  source = require(given['from'].value, 'from', 'the run that trained its FFNs')
-  workdir = require(given.workdir, 'workdir', NEW)
+def _limit(given) -> int:
   if given.limit < 0:
     raise BadInput(f'--limit={given.limit} is below 0: 0 takes all valid text')
+  return given.limit
+
+
+def _show(verb, argv):
+  verb.string('expert', '', 'the expert, or seed')
+  given, _ = verb.parse(argv)
+  folder, expert = _forest(given), require(given.expert, 'expert', 'which one')
+  from demix.lifecycle import forests
+  print('\n'.join(forests.show(folder, expert)))
+
+
+def _add(verb, argv):
+  verb.string('expert', '', 'name of the new expert, that of its domain')
+  verb.string('from', '', 'with --forest a finished workdir, W or W@STEP, which is copied; with '
+              '--model the run with its FFNs: started from an expert, init.trainable=ffn')
+  verb.string('workdir', '', f'with --model: {NEW}')
+  verb.string('parent', '', 'with --forest: seed or an expert, or none, where the checkpoint does '
+              'not say where it comes from')
+  verb.string('data', '', 'token store for the gate; the one the run trained on by default')
+  verb.integer('limit', 0, LIMIT)
+  verb.boolean('require_gain', 'exit 3 and write nothing if it is no better than its parent')
+  given, _ = verb.parse(argv)
+  if not given.forest:
+    _model(given)
+  expert = require(given.expert, 'expert', 'the name of the new expert')
+  source = require(given['from'].value, 'from', 'the run that trained it')
+  gate = {'require_gain': given.require_gain, 'data': given.data, 'limit': _limit(given)}
+  if given.forest:
+    from demix.lifecycle import register
+    register.add(given.forest, expert, source, parent=given.parent, **gate)
+    return
+  workdir = require(given.workdir, 'workdir', NEW)
   from demix.lifecycle.add import add
-  add(model, expert, source, workdir, require_gain=given.require_gain, data=given.data,
-      limit=given.limit)
+  add(given.model, expert, source, workdir, **gate)
 
 
 def _remove(verb, argv):
   verb.string('expert', '', 'the expert to remove')
   verb.string('workdir', '', NEW)
-  verb.strings('search', "a folder to look for traces below, besides that of the model's workdir")
+  verb.strings('search', 'a folder to look for traces below, besides the one that the forest or '
+               "the model's workdir lies in")
   given, _ = verb.parse(argv)
   expert = require(given.expert, 'expert', 'the expert to remove')
   if given.forest:
     from demix.lifecycle import forests
-    print('\n'.join(forests.remove(given.forest, expert)))
+    print('\n'.join(forests.remove(given.forest, expert, given.search)))
     return
   model, workdir = _model(given), require(given.workdir, 'workdir', NEW)
   from demix.lifecycle.remove import remove

@@ -132,8 +132,9 @@ def test_names(tmp_path):
 # ---- plans -------------------------------------------------------------------------------------
 
 
-BASE = {'train': {'steps': 8}, 'data': {'batch_size': 8, 'sequence_length': 4, 'domains': [],
-                                        'path': ''}, 'init': {'model': '', 'optimizer': 'fresh'}}
+BASE = {'train': {'steps': 8, 'checkpoint_every': 2},
+        'data': {'batch_size': 8, 'sequence_length': 4, 'domains': [], 'path': ''},
+        'init': {'model': '', 'optimizer': 'fresh'}}
 
 
 def planned(**experts):
@@ -148,8 +149,8 @@ def test_a_plan_is_the_base_with_changes_and_counts_tokens():
   assert config['data'] == BASE['data'] | {'batch_size': 2, 'domains': ['x']}
   assert BASE['data']['batch_size'] == 8  # untouched
   assert [plan.tokens_of(found, n) for n in ('seed', 'a', 'b')] == [128, 64, 256]
-  assert plan.parents(found['experts']['b']) == {'seed': 1.0}
-  assert plan.parents({'parent': 'random'}) == {}
+  assert plan.parents(found, 'b') == ('seed',) and plan.step_of(found, 'b') == 2
+  assert plan.parents(planned(a={'domains': ['x'], 'parent': 'random'}), 'a') == ()
 
 
 @pytest.mark.parametrize(('change', 'said'), [
