@@ -33,6 +33,9 @@ ARGS = {
     'mix.py': ('', 'average', 'uniform', 'updating', 'cached', 'released', 'top2', 'decayed',
                'window', 'logits', 'pick'),
     'forest_quickstart.py': ('', '0.5'),
+    'forest_controls.py': ('', 'no_seed', 'random_split', 'seed_shares'),
+    'forest_rounds.py': ('', '1', '2'),
+    **{f'papers/btm/{plan}.py': ('', *SIZES) for plan in ('forest', 'curriculum')},
     'adapt.py': ('', 'demix', 'dense', 'dense_ffn'),
     'quickstart_corpus.py': ('',),
     'laptop.py': ('', 'dense,1m', *(f'{arm}{size}' for size in ('', ',10m') for arm in (
@@ -94,7 +97,8 @@ def test_a_way_of_mixing_can_be(arg):
 
 
 @pytest.mark.parametrize(('name', 'arg'), [
-    c for c in CASES if c[0] not in ('quickstart_corpus.py', 'mix.py', 'forest_quickstart.py')])
+    c for c in CASES if c[0] not in ('quickstart_corpus.py', 'mix.py')
+    and 'forest' not in c[0] and 'btm' not in c[0]])
 def test_a_config_builds(name, arg):
   """Its model, optimizer and one update with gradients, traced for the whole batch."""
   config = completed(name, arg)
