@@ -33,7 +33,9 @@ class Size:
     return self.length * self.batch
 
 
-SIZES = {'1m': Size('gpt-1m', 128, 32, 2048), '10m': Size('gpt-10m', 256, 16, 8192)}
+SIZES = {'1m': Size('gpt-1m', 128, 32, 2048), '10m': Size('gpt-10m', 256, 16, 8192),
+         **{size: Size(f'gpt-{size}', 1024, batch, 50304) for size, batch in (
+             ('125m', 64), ('350m', 32), ('760m', 16), ('1.3b', 8))}}
 EXPERTS = tuple(f'domain{i}' for i in range(8))
 
 

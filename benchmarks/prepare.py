@@ -1,14 +1,17 @@
 """How fast `prepare` is on one core, and how much memory it takes.
 
   python benchmarks/prepare.py [--full] [--megabytes=64] [--repeats=7] [--texts=FOLDER]
+      [--format=jsonl|zst|parquet|array_record|huggingface|tfds|tokens]
 
 Prints the rate of byte-level BPE (beside that of the library given whole documents, in turns), then
 runs `python -m demix prepare` on one generated file and prints its wall time, CPU time and peak
-memory. --full: a file of 1 GB. --texts: files to take text from (*.py and *.txt, in all folders
-below); the standard library of this Python by default.
+memory. --full: a file of 1 GB. --format: what holds the text (not jsonl: by bytes as tokens, so
+that reading is what is measured; without the rate of BPE). --texts: files to take text from (*.py
+and *.txt, in all folders below); the standard library of this Python by default.
 """
 
 import argparse
+import itertools
 import os
 import statistics
 import subprocess
@@ -24,6 +27,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # from a checkout, without installing
 
 
+FORMATS = ('jsonl', 'zst', 'parquet', 'array_record', 'huggingface', 'tfds', 'tokens')
+CONFIG = '''from ml_collections import ConfigDict
+from demix.data.prepare import PrepareConfig
+from demix.settings import to_dict
+get_config = lambda: ConfigDict(to_dict(PrepareConfig(corpus={!r})))
+'''
+
+
 def texts(folder: Path):
   """Documents of at most 20 kB from the text files below `folder`, in one order everywhere."""
   for path in sorted(p for s in ('*.py', '*.txt') for p in folder.rglob(s)
@@ -33,20 +44,84 @@ def texts(folder: Path):
       yield text[start:start + 20_000]
 
 
-def generate(file: Path, folder: Path, size: int) -> int:
-  """Writes JSON Lines of `size` bytes of text; each round over the texts changes them a little, so
-  that none is there twice. Returns the bytes written."""
+def documents(folder: Path, size: int):
+  """Texts of `size` bytes together; each round over the texts changes them a little, so that none
+  is there twice."""
   written, turn = 0, 0
+  while written < size:
+    for text in texts(folder):
+      text = f'{turn} {text.replace("self", f"self{turn}")}' if turn else text
+      yield text
+      written += len(text.encode())
+      if written >= size:
+        break
+    turn += 1
+
+
+def generate(file: Path, folder: Path, size: int) -> int:
+  """Writes JSON Lines of `size` bytes of text. Returns the bytes written."""
+  written = 0
   with open(file, 'wb') as f:
-    while written < size:
-      for text in texts(folder):
-        text = f'{turn} {text.replace("self", f"self{turn}")}' if turn else text
-        f.write(orjson.dumps({'text': text}) + b'\n')
-        written += len(text.encode())
-        if written >= size:
-          break
-      turn += 1
+    for text in documents(folder, size):
+      f.write(orjson.dumps({'text': text}) + b'\n')
+      written += len(text.encode())
   return written
+
+
+def generate_as(name: str, target: Path, folder: Path, size: int) -> dict:
+  """Writes text of `size` bytes in a format; returns the entry of config.corpus that names it."""
+  rows = ({'text': t} for t in documents(folder, size))
+  entry = {'name': 'generated', 'source': name, 'path': str(target / 'train')}
+  if name == 'zst':
+    import zstandard
+    path = target / 'train.jsonl.zst'
+    with open(path, 'wb') as f, zstandard.ZstdCompressor().stream_writer(f) as out:
+      for row in rows:
+        out.write(orjson.dumps(row) + b'\n')
+    return entry | {'source': 'jsonl', 'path': str(path)}
+  if name == 'parquet':
+    import pyarrow
+    from pyarrow import parquet
+    schema = pyarrow.schema({'text': pyarrow.string()})
+    with parquet.ParquetWriter(target / 'train', schema) as out:
+      while batch := list(itertools.islice(rows, 5000)):  # a row group: tens of MB
+        out.write_table(pyarrow.Table.from_pylist(batch, schema))
+  elif name == 'array_record':
+    from array_record.python.array_record_module import ArrayRecordWriter
+    out = ArrayRecordWriter(str(target / 'train'), 'group_size:1')
+    for row in rows:
+      out.write(orjson.dumps(row))
+    out.close()
+  elif name == 'tokens':
+    import numpy as np
+    with open(target / 'train', 'wb') as f:
+      for row in rows:
+        f.write(np.frombuffer(row['text'].encode(), np.uint8).astype('<u2'))
+        f.write(np.array([256], '<u2'))
+  elif name == 'huggingface':
+    import datasets
+    made = datasets.Dataset.from_generator(
+        lambda: ({'text': t} for t in documents(folder, size)), cache_dir=str(target / 'cache'))
+    made.save_to_disk(target / 'train', max_shard_size='2GB')
+  elif name == 'tfds':
+    import tensorflow_datasets as tfds
+
+    class Generated(tfds.core.GeneratorBasedBuilder):
+      VERSION, pkg_dir_path = tfds.core.Version('1.0.0'), None
+
+      def _info(self):
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(
+            {'text': tfds.features.Text()}))
+
+      def _split_generators(self, manager):
+        return {'train': self._generate_examples()}
+
+      def _generate_examples(self):
+        yield from enumerate(rows)
+    builder = Generated(data_dir=str(target), file_format='array_record')
+    builder.download_and_prepare()
+    return entry | {'path': str(builder.data_dir)}
+  return entry
 
 
 def spread(values):
@@ -85,14 +160,23 @@ def encoding(folder: Path, repeats: int):
   print(f'ours / library, of CPU time:  {spread(ratios)} over {repeats} turns')
 
 
-def preparing(folder: Path, size: int):
-  """Prints what a whole prepare of one generated file takes."""
+def preparing(folder: Path, size: int, name: str):
+  """Prints what a whole prepare of one generated file in a format takes."""
   with tempfile.TemporaryDirectory() as temporary:
     temporary = Path(temporary)
     (temporary / 'in/generated').mkdir(parents=True)
-    written = generate(temporary / 'in/generated/train.jsonl', folder, size)
-    command = [sys.executable, '-m', 'demix', 'prepare', f'--input={temporary / "in"}',
-               f'--out={temporary / "out"}', '--config.sample_bytes=33554432']
+    command = [sys.executable, '-m', 'demix', 'prepare', f'--out={temporary / "out"}']
+    if name == 'jsonl':
+      written = generate(temporary / 'in/generated/train.jsonl', folder, size)
+      command += [f'--input={temporary / "in"}', '--config.sample_bytes=33554432']
+    else:
+      file, written = temporary / 'config.py', size
+      # A process of its own, as below: writers of some formats hold all of it.
+      if not (child := os.fork()):
+        file.write_text(CONFIG.format((generate_as(name, temporary / 'in', folder, size),)))
+        os._exit(0)
+      assert os.waitpid(child, 0)[1] == 0
+      command += [f'--config={file}', '--config.tokenizer=bytes']
     for label in ('first time', 'again'):
       started = time.perf_counter()
       process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -114,17 +198,19 @@ def main():
   parser.add_argument('--megabytes', type=int, default=64)
   parser.add_argument('--repeats', type=int, default=7)
   parser.add_argument('--texts', type=Path, default=Path(sysconfig.get_path('stdlib')))
+  parser.add_argument('--format', choices=FORMATS, default='jsonl')
   args = parser.parse_args()
   core = min(os.sched_getaffinity(0))
   os.sched_setaffinity(0, {core})  # children too: everything below is on one core
   os.environ['RAYON_NUM_THREADS'] = '1'
   # A process of its own: the peak memory of a child starts with that of its parent.
-  if os.fork() == 0:
+  if args.format == 'jsonl' and os.fork() == 0:
     encoding(args.texts, args.repeats)
     sys.stdout.flush()
     os._exit(0)
-  os.wait()
-  preparing(args.texts, 10**9 if args.full else args.megabytes * 10**6)
+  if args.format == 'jsonl':
+    os.wait()
+  preparing(args.texts, 10**9 if args.full else args.megabytes * 10**6, args.format)
 
 
 if __name__ == '__main__':

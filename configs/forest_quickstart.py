@@ -15,9 +15,10 @@ from configs.quickstart import get_config as dense
 from configs.quickstart_corpus import TRAIN
 
 
-def get_config(share='0.5'):
-  """share: of the updates that train the seed (0.5)."""
-  base = dense('dense').to_dict()
+def get_config(arg='0.5'):
+  """SHARE[,SEED]: share of the updates that train the seed; of parameters and shuffles (0)."""
+  share, _, random = arg.partition(',')
+  base = dense('dense').to_dict() | {'seed': int(random or 0)}
   steps = base['train']['steps']
   seed = round(steps * float(share))
   if not 0 < seed < steps:

@@ -3,7 +3,7 @@
   python -m demix evaluate --model=W --mix=configs/mix.py:cached
   python -m demix evaluate --model=W --mix=configs/mix.py:released --mix.blocks=100
 
-The papers: DEMix §5, BTM §2.2; docs/method.md says where their released code differs.
+The papers: DEMix §5, BTM §2.2, c-BTM §2.3; docs/method.md says where their released code differs.
 """
 
 from ml_collections import ConfigDict
@@ -21,6 +21,9 @@ WAYS = {
     'decayed': dict(prior='uniform', decay=0.95),
     'window': dict(prior='uniform', window=32),
     'logits': dict(prior='cached', combine='logits'),
+    'clusters': dict(posterior='clusters'),  # c-BTM as it is written
+    'clusters_released': dict(posterior='clusters', kernel='d4'),
+    'clusters_top2': dict(posterior='clusters', weights_k=2),
     'pick': dict(prior='cached', combine='pick'),
 }
 

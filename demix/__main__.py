@@ -11,6 +11,7 @@ VERBS = {
     'evaluate': 'perplexity and bits per byte per domain, for one or more models',
     'generate': 'text from a model, one expert or a mixture of experts',
     'merge': 'parameters of several LMs averaged into one LM',
+    'inspect': "a config's parameters, and the memory it needs on each device",
     'forest': 'the experts of a DEMix LM: list, add, remove',
 }
 

@@ -15,6 +15,7 @@ from demix.errors import BadInput
 from demix.optimizer import OptimizerConfig
 from demix.settings import option
 from demix.sharding import MeshConfig
+from demix.together import LIFTS
 from demix.transformer import ExecutionConfig, ModelConfig
 
 
@@ -24,6 +25,8 @@ class TrainConfig:
   steps: int = option(1000, 'updates to train to; more than before goes on', operational=True)
   accumulation: int = option(1, 'micro-batches per update (gradients of the whole batch)')
   compute_dtype: str = option('float32', 'float32, or bfloat16 with float32 master weights')
+  lift: str = option('auto', 'several experts in one process (forest run --together): threads, '
+                     'map, vmap (demix/together.py) or auto', operational=True)
   log_every: int = option(10, 'steps between lines of metrics.jsonl', operational=True)
   eval_every: int = option(0, 'steps between evaluations on valid; 0: only at the end',
                            operational=True)
@@ -45,6 +48,8 @@ class TrainConfig:
         raise BadInput(f'train.{name}={getattr(self, name)} is below 0: 0 turns it off')
     if self.compute_dtype not in ('float32', 'bfloat16'):
       raise BadInput(f'train.compute_dtype={self.compute_dtype!r}: float32 or bfloat16')
+    if self.lift not in LIFTS:
+      raise BadInput(f'train.lift={self.lift!r}: no such way{settings.nearest(self.lift, LIFTS)}')
 
 
 # What may be trained: the leaves whose running name contains this. Norms are not part of an FFN.
@@ -120,7 +125,7 @@ def complete(config: Config, store: TokenStore, saved: dict | None = None,
   """
   data, model, optimizer = config.data, config.model, config.optimizer
   experts = parent.experts if parent else ()
-  domains = data.domains or experts or tuple(
+  domains = store.leaves(data.domains) or experts or tuple(
       d for d in store.domains if store.roles[d] == 'train')
   if not domains:
     raise BadInput(f'{store.path} has no domain to train on, only novel ones '
@@ -128,7 +133,7 @@ def complete(config: Config, store: TokenStore, saved: dict | None = None,
   for name in domains:
     if name not in store.domains:
       raise BadInput(f'data.domains: {store.path} has no domain {name!r}'
-                     f'{settings.nearest(name, store.domains)}')
+                     f'{settings.nearest(name, (*store.domains, *store.groups))}')
   data = dataclasses.replace(data, domains=domains)
   data.check()
   if not 0 <= config.seed < 1 << 31:
@@ -200,6 +205,8 @@ def identity_of(config: Config, *, data: str, tokenizer: str, init: dict | None 
   out = settings.flatten(config, operational=False)
   if not config.init.model:  # as before there was anything else to start from
     out = {name: value for name, value in out.items() if not name.startswith('init.')}
+  if not config.data.schedule:  # as before shares could change
+    out = {name: value for name, value in out.items() if not name.startswith('data.schedule')}
   return out | (init or {}) | {'data.fingerprint': data, 'tokenizer.fingerprint': tokenizer}
 
 

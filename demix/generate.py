@@ -53,7 +53,7 @@ def read_prompt(members, params, tokens_P, length):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
-def step(members, config, sampling, params, state, log_prior_K, key):
+def step(members, config, sampling, params, state, log_prior_K, key, distances_K=None):
   """Draws the next token and reads it.
 
   Returns:
@@ -61,7 +61,7 @@ def step(members, config, sampling, params, state, log_prior_K, key):
   """
   logp_KV = jax.nn.log_softmax(state['logits_KV'], -1)
   length, loglik_KC = state['length'], state['loglik_KC']
-  weights_K = next_log_weights(config, loglik_KC, log_prior_K, length)
+  weights_K = next_log_weights(config, loglik_KC, log_prior_K, length, distances_K)
   if config.combine == 'logits':
     logp_V = combine.logits(weights_K, state['logits_KV'])
   elif config.combine == 'pick':
@@ -77,10 +77,10 @@ def step(members, config, sampling, params, state, log_prior_K, key):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def posterior(config, loglik_KC, log_prior_K, length):
+def posterior(config, loglik_KC, log_prior_K, length, distances_K=None):
   """log weights for the next token, [K], every member kept."""
   config = dataclasses.replace(config, weights_k=0)
-  return next_log_weights(config, loglik_KC, log_prior_K, length)
+  return next_log_weights(config, loglik_KC, log_prior_K, length, distances_K)
 
 
 class Writer:
@@ -90,6 +90,8 @@ class Writer:
     mixture: what writes.
     ids: the prompt, with what starts a text (end-of-document) before it; at least that.
     sampling: a SamplingConfig.
+    reading: evidence of clusters: what is told every id after the first (`read`) and has the
+      `distances` [E] of all members (data.clusterer.Reading); else None.
 
   Attributes:
     names: of the experts that run. after_prompt: {expert: weight} of all that read the prompt.
@@ -99,7 +101,7 @@ class Writer:
     BadInput: the prompt is empty, or longer than the context.
   """
 
-  def __init__(self, mixture: Mixture, ids, sampling: SamplingConfig):
+  def __init__(self, mixture: Mixture, ids, sampling: SamplingConfig, reading=None):
     sampling.check()
     members, config = mixture.members, mixture.config
     ids, C = np.asarray(ids, np.int32), members.context
@@ -114,7 +116,12 @@ class Writer:
     padded[:len(ids)] = ids
     state = read_prompt(members, params, padded, len(ids))
     log_prior_K, names = mixture.log_prior_K, mixture.names
-    weights = np.exp(posterior(mixture.static, state['loglik_KC'], log_prior_K, len(ids) - 1))
+    self._reading, self._routes = reading, mixture.routes_K
+    if reading:
+      for i in ids[1:]:
+        reading.read(int(i))
+    weights = np.exp(posterior(mixture.static, state['loglik_KC'], log_prior_K, len(ids) - 1,
+                               self._distances()))
     self.after_prompt = dict(zip(names, weights.tolist()))
     if config.experts_k and config.experts_k < len(names):
       chosen = np.sort(np.argsort(-weights, kind='stable')[:config.experts_k])
@@ -122,16 +129,23 @@ class Writer:
       state |= {'cache': members.keep(state['cache'], chosen),
                 'logits_KV': state['logits_KV'][chosen], 'loglik_KC': state['loglik_KC'][chosen]}
       log_prior_K, names = log_prior_K[chosen], tuple(names[i] for i in chosen)
+      self._routes = self._routes[chosen]
     self.names = names
     self._step = functools.partial(step, members, mixture.static, sampling, params)
     self._state, self._log_prior = state, log_prior_K
     self._key = jax.random.key(sampling.seed)
 
+  def _distances(self):
+    """Of the text so far, to the members that run; None where they are no evidence."""
+    return np.float32(self._reading.distances[self._routes]) if self._reading else None
+
   def __iter__(self):
     """Tokens until `max_tokens` or the end of the context; the caller stops earlier."""
     pending = None
     for _ in range(min(self.sampling.max_tokens, self.room)):
-      self._state, out = self._step(self._state, self._log_prior, self._key)
+      self._state, out = self._step(self._state, self._log_prior, self._key, self._distances())
+      if self._reading:  # the next weights wait for this token's text
+        self._reading.read(int(out[0]))
       if pending:  # read while the next one is computed
         yield self._token(pending)
       pending = out

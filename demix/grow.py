@@ -4,6 +4,7 @@ Each expert is an ordinary workdir, F/experts/NAME, that needs its own data and 
 branches can be trained in any order, on different machines, and registered when they are there.
 """
 
+import contextlib
 from pathlib import Path
 
 from demix import catalogue, settings, train
@@ -69,12 +70,13 @@ def _require(forest: dict, name: str, parent: str) -> dict:
   return entry
 
 
-def grow(folder, *, only=(), data: str = '', require_gain: bool = False, limit: int = 0,
-         say=print) -> list[str]:
+def grow(folder, *, only=(), data: str = '', together: bool = False, require_gain: bool = False,
+         limit: int = 0, say=print) -> list[str]:
   """Trains and registers what the plan says and is not done yet; the same again goes on.
 
   Args:
     folder: the forest. only: names; () for all. data: token store; that of the plan by default.
+    together: experts whose parents are there are trained in one process, side by side.
     require_gain, limit: see lifecycle.register.add.
 
   Returns:
@@ -96,21 +98,21 @@ def grow(folder, *, only=(), data: str = '', require_gain: bool = False, limit: 
     if only and name not in only:
       continue
     forest = manifest.load(folder)
-    state, step, wanted = state_of(folder, forest, name)
+    state, step, _ = state_of(folder, forest, name)
     if state == 'registered':
       say(f'{name:<12} is there, step {step}')
       continue
     if state == 'differs':
       raise BadInput(f'{folder / plan.folder_of(name)} is not what {manifest.FILE} says of {name}: '
                      'restore it, or remove the expert')
-    store = data or forest['plan']['data']
-    if name != SEED:
-      prepare(folder, forest, name, store, say)
+    store, group = data or forest['plan']['data'], [name]
+    if together and state != 'finished':
+      group += [n for n in only or known if n != name and ready(folder, forest, n)]
+    for other in group:
+      if other != SEED:
+        prepare(folder, forest, other, store, say)
     if state != 'finished':
-      say(f'{name:<12} to be trained: step {step} of {wanted}')
-      config = config_of(folder, forest, name, store)
-      with hold(folder / plan.folder_of(name), 'forest') as held:
-        train.run(config, held)
+      _train(folder, forest, group, store, say)
     register(folder, name, data=store, require_gain=require_gain, limit=limit, say=say)
     done.append(name)
   return done
@@ -128,3 +130,25 @@ def prepare(folder: Path, forest: dict, name: str, data: str, say=print):
       _require(forest, name, other)
   elif not catalogue.steps(folder / plan.parent_folder(name) / 'checkpoints'):
     make_parent(folder, forest, name, data, say)
+
+
+def ready(folder: Path, forest: dict, name: str) -> bool:
+  """Whether an expert is still to be trained and all that it comes from is registered."""
+  parents = plan.parent_of(forest['plan'], name).names if name != SEED else ()
+  return (all(_entry(forest, parent) for parent in parents)
+          and state_of(folder, forest, name)[0] in ('missing', 'training'))
+
+
+def _train(folder: Path, forest: dict, group: list[str], data: str, say):
+  """Trains one of the plan, or several side by side, all of whose workdirs are held."""
+  with contextlib.ExitStack() as stack:
+    members = {}
+    for name in group:
+      _, step, wanted = state_of(folder, forest, name)
+      say(f'{name:<12} to be trained: step {step} of {wanted}')
+      held = stack.enter_context(hold(folder / plan.folder_of(name), 'forest'))
+      members[name] = config_of(folder, forest, name, data), held
+    if len(group) == 1:
+      train.run(*members[group[0]])
+    else:
+      train.together(members, say)

@@ -8,6 +8,7 @@ import numpy as np
 
 from demix import reference, settings
 from demix.config import domain_symbols
+from demix.data.clusterer import Reading
 from demix.data.packing import empty_row
 from demix.errors import BadInput
 from demix.generate import Writer
@@ -78,10 +79,12 @@ class LanguageModel:
   Args:
     mixture: a Mixture. tokenizer: a data.tokenizer.Tokenizer.
     start: ids that begin every text: end-of-document, behind a <domain> symbol where there is one.
+    clusterer: a data.clusterer.Clusterer whose centres are those of the mixture's members, where
+      they are its evidence.
   """
 
-  def __init__(self, mixture: Mixture, tokenizer, start=()):
-    self.mixture, self.tokenizer = mixture, tokenizer
+  def __init__(self, mixture: Mixture, tokenizer, start=(), clusterer=None):
+    self.mixture, self.tokenizer, self.clusterer = mixture, tokenizer, clusterer
     self.start = tuple(start) or (tokenizer.eod_id,)
 
   @property
@@ -168,6 +171,9 @@ class LanguageModel:
     padding = empty_row(self.mixture.members.context)
     rows = rows + [padding] * (size - len(rows))
     batch = {f'{n}_BL': np.stack([r[n] for r in rows]) for n in ('tokens', 'targets')}
+    if self.clusterer:
+      batch['distances_EBL'] = self.clusterer.before_rows(
+          self.tokenizer, batch['targets_BL'], self.mixture.config.kernel_tokens)
     full = np.asarray([r['segments'].all() for r in rows])
     out = self.mixture.score(batch, full_B=full)
     logp, weights = np.asarray(out.logp_BL), np.exp(np.asarray(out.log_weights_KBL))
@@ -206,7 +212,11 @@ class LanguageModel:
     Only the last tokens that the context has room for are read.
     """
     ids = np.concatenate([self.start, self.ids(text)])[-self.mixture.members.context:]
-    return Writer(self.mixture, ids, SamplingConfig(max_tokens=1)).after_prompt
+    return Writer(self.mixture, ids, SamplingConfig(max_tokens=1), self._reading()).after_prompt
+
+  def _reading(self):
+    return self.clusterer and Reading(self.clusterer, self.tokenizer,
+                                      self.mixture.config.kernel_tokens)
 
   def generate(self, prompt, *, on_text: Callable | None = None, echo: bool = False,
                **sampling) -> Generated:
@@ -228,7 +238,7 @@ class LanguageModel:
     ids = self.ids(prompt)
     if not len(ids):
       raise BadInput('an empty prompt: give it some text to go on from')
-    writer = Writer(self.mixture, np.concatenate([self.start, ids]), sampling)
+    writer = Writer(self.mixture, np.concatenate([self.start, ids]), sampling, self._reading())
     if echo:
       on_text(prompt)
     # With what comes before: some tokenizers write a text's first token differently.
@@ -322,4 +332,6 @@ def of(loaded: reference.Loaded, config: MixConfig, *, prior=None, data: str = '
   elif given:
     raise BadInput(f'given={given}: {loaded.workdir} has no <domain> symbols; name an expert as '
                    f'W#{given}')
-  return LanguageModel(Mixture(members, loaded.params, config, log_prior), tokenizer, start)
+  clusterer = loaded.clusterer(config.clusterer) if config.posterior == 'clusters' else None
+  return LanguageModel(Mixture(members, loaded.params, config, log_prior), tokenizer, start,
+                       clusterer)

@@ -51,12 +51,12 @@ class Model:
     return jax.eval_shape(self.init, 0)
 
   def apply(self, params, tokens_BL, route, taps=(), *, segments_BL=None, positions_BL=None,
-            balanced=False, constrain=lambda x: x):
+            balanced=False, constrain=lambda x: x, spread=lambda f: f):
     """→ hidden [B, L, D], aux, taps; see transformer.Transformer.__call__."""
     return nnx.merge(self._graph, params)(
         tokens_BL, route, taps, segments_BL=segments_BL, positions_BL=positions_BL,
         balanced=balanced, execution=self.execution, dtype=jnp.dtype(self.dtype),
-        constrain=constrain)
+        constrain=constrain, spread=spread)
 
   def bind(self, params) -> 'Bound':
     """The two halves of `apply` with parameters in them; for mixing."""
@@ -103,6 +103,10 @@ class Bound:
   _transformer: Transformer
   _execution: ExecutionConfig
   _dtype: object
+
+  def bias(self, shape_BL, segments_BL=None):
+    """See Transformer.bias."""
+    return self._transformer.bias(shape_BL, segments_BL, self._execution, self._dtype)
 
   def stem(self, tokens_BL, positions, bias, remember=lambda i: None):
     """See Transformer.stem."""

@@ -57,6 +57,19 @@ class Loaded:
                      'its token store with --data')
     return Tokenizer.load(folder)
 
+  def clusterer(self, folder: str = ''):
+    """The data.clusterer.Clusterer of the clusters that the members were trained on, its centres in
+    the order of the members.
+
+    Args:
+      folder: where it is; by default in the token store of the training.
+
+    Raises:
+      BadInput: a member was not trained on a cluster, or there is no clusterer. Refused: it is not
+        the one that made the member's domain.
+    """
+    return _clusterer(self, {self.workdir: self.members.names}, folder or self.config.data.path)
+
   @property
   def domains(self) -> tuple:
     """Training domains, in the order of routes."""
@@ -121,6 +134,11 @@ class LoadedForest:
   expert: str | None = None
 
   tokenizer = Loaded.tokenizer
+
+  def clusterer(self, folder: str = ''):
+    """See Loaded.clusterer."""
+    return _clusterer(self, dict(zip(self.folders, ((n,) for n in self.names))),
+                      folder or self.config.data.path)
 
   @functools.cached_property
   def config(self):
@@ -210,6 +228,26 @@ def stacked(models) -> dict:
         out[name] = np.empty((len(models), *leaf.shape), leaf.dtype)
       out[name][i] = leaf
   return tree.unflatten({name: jnp.asarray(out.pop(name)) for name in list(out)})
+
+
+def _clusterer(loaded, members: dict, folder: str):
+  """See Loaded.clusterer; `members`: {workdir: the members that were trained there}."""
+  from demix.data.clusterer import Clusterer
+  from demix.data.store import read_card
+  from demix.errors import Refused
+  found = Clusterer.load(folder)
+  cluster = {loaded.given(name): name for name in found.names}
+  for workdir, names in members.items():
+    made = read_card(workdir / 'data').get('clusterer', {}).get('fingerprint')
+    for name in names:
+      if made is None or name not in cluster:
+        raise BadInput(f'expert {name} of {loaded.workdir} was not trained on one of the clusters '
+                       f'{", ".join(found.names)}: mix by clusters what was trained on a store '
+                       'that prepare --discover made')
+    if made != found.fingerprint:
+      raise Refused(f'{workdir} was trained on clusters of the clusterer {made}, {folder} has '
+                    f'{found.fingerprint}: name its own with --mix.clusterer')
+  return found.take([cluster[n] for names in members.values() for n in names])
 
 
 def load_forest(folder: Path) -> LoadedForest:

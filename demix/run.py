@@ -6,6 +6,7 @@ moments and step; a run that was killed and started again goes through the same 
 
 import contextlib
 import dataclasses
+import re
 import shutil
 from pathlib import Path
 
@@ -37,22 +38,40 @@ from demix.step import Program
 from demix.workdir import check_identity, load_config, load_identity, save_config
 
 
-def header(run: 'Run') -> str:
+def header(runs: list['Run']) -> str:
   """What is about to run, in a few lines."""
-  config, model, mesh = run.config, run.model, run.program.mesh
+  first = runs[0]
+  config, model, mesh = first.config, first.model, first.program.mesh
   total, active = model.counts()
   tokens = config.data.batch_size * config.data.sequence_length
   default, now = settings.flatten(Config()), settings.flatten(config)
   changed = ' '.join(f'{k}={v}' for k, v in now.items() if v != default[k] and k != 'data.path')
   kinds = ', '.join(sorted({d.device_kind for d in mesh.devices.flat}))
   axes = ' '.join(f'{a}={n}' for a, n in mesh.shape.items() if n > 1)
+  each = f', for each of {len(runs)} runs' if len(runs) > 1 else ''
   return '\n'.join([
-      f'run         {run.workdir}',
+      *(f'run         {run.workdir}' for run in runs),
       f'devices     {mesh.size} × {kinds}{f" ({axes})" if axes else ""}',
-      f'parameters  {quantity(total)} total, {quantity(active)} active per token',
-      f'per step    {quantity(tokens)} tokens, {quantity(run.flops)} FLOPs',
-      *run.origin(),
+      f'parameters  {quantity(total)} total, {quantity(active)} active per token{each}',
+      f'per step    {quantity(tokens)} tokens, {quantity(first.flops)} FLOPs{each}',
+      *dict.fromkeys(line for run in runs for line in run.origin()),
       f'config      {changed}'])
+
+
+# What several runs must have in common to take their steps in one program.
+_ALIKE = re.compile(
+    r'(model|optimizer|execution|mesh)\.|init\.trainable|train\.(steps|lift|accumulation|'
+    r'compute_dtype)|data\.(sampling|sequence_length|batch_size|packing|domain_token)')
+
+
+def differences(a: 'Run', b: 'Run') -> list[str]:
+  """Why two runs cannot take their steps in one program; [] if they can."""
+  ours, theirs = settings.flatten(a.config), settings.flatten(b.config)
+  out = [f'{n} {ours[n]} and {theirs[n]}' for n in ours
+         if _ALIKE.match(n) and ours[n] != theirs[n]]
+  if len(a.domains) != len(b.domains):
+    out.append(f'{len(a.domains)} and {len(b.domains)} domains')
+  return out
 
 
 class Run:
@@ -66,7 +85,7 @@ class Run:
     """name: of the run among others that train beside it; '' where it trains by itself."""
     self.workdir, self.name = workdir, name
     self.directory = workdir / 'checkpoints'
-    self.store = TokenStore.open(config.data.path)
+    self.store = TokenStore.open(config.data.path, config.data.domains)
     there = (workdir / 'config.json').exists()
     saved = load_identity(workdir) if there else None
     self.init = find(config, self.store, load_config(workdir) if there else None, workdir)
@@ -86,7 +105,9 @@ class Run:
     self.symbols = domain_symbols(config)
     self.batches = Batches(self.store, config.data, config.seed, symbols=self.symbols)
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_rows(mesh, config.data.batch_size // config.train.accumulation)
+    config.execution.check_devices(mesh.devices.flat)
+    sharding.check_rows(mesh, config.data.batch_size // config.train.accumulation,
+                        ('data', 'fsdp') if name else sharding.BATCH[0])
     self.program = Program(
         model=Model(config.model, config.execution, config.train.compute_dtype),
         adamw=AdamW(config.optimizer, config.optimizer.schedule_steps),
@@ -184,8 +205,8 @@ class Run:
       self.rows, self.metrics, self.saver = rows, metrics, saver
       yield self
 
-  def take(self, out: dict):
-    """One more update was begun, and `out` will hold its numbers; reads those of the one before."""
+  def take(self, out):
+    """One more update was begun, and out() waits for its numbers; reads those of the one before."""
     before, self._pending = self._pending, out
     if before is not None:
       self._log(self._record(before))
@@ -217,10 +238,10 @@ class Run:
 
   def _record(self, out) -> dict:
     """Reads the numbers of `step`: stops on a non-finite one; the row to log, {} for none."""
-    config, step, out = self.config, self.step, jax.device_get(out)
+    config, step, out = self.config, self.step, out()
     with np.errstate(invalid='ignore', over='ignore'):
       nll_D = out['nll_D'] / np.maximum(out['tokens_D'], 1)
-    if not out['applied']:
+    if not out['applied'] and out['tokens_D'].any():  # else it held prompts only
       bad = ~np.isfinite(nll_D)
       worst = int(np.argmax(bad) if bad.any() else np.argmax(nll_D))
       whose = f'{self.name}: ' if self.name else ''

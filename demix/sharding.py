@@ -97,23 +97,38 @@ def shardings(mesh: Mesh, params) -> dict:
   return tree.unflatten(out)
 
 
-def check_rows(mesh: Mesh, rows: int):
+def check_rows(mesh: Mesh, rows: int, over: tuple = BATCH[0]):
   """Raises BadInput when a micro-batch of `rows` sequences cannot be shared out evenly."""
-  ways = math.prod(mesh.shape[axis] for axis in BATCH[0])
+  ways = math.prod(mesh.shape[axis] for axis in over)
   if rows % ways:
-    axes = ' · '.join(f'{axis}={mesh.shape[axis]}' for axis in BATCH[0] if mesh.shape[axis] > 1)
+    axes = ' · '.join(f'{axis}={mesh.shape[axis]}' for axis in over if mesh.shape[axis] > 1)
     raise BadInput(f'{rows} sequences of a micro-batch over {ways} devices ({axes}): not a '
                    'multiple; change data.batch_size, train.accumulation or mesh')
 
 
-def constraints(mesh: Mesh | None):
-  """Two functions for inside a step: activations [B, …] → the same, split by rows as the batch;
+def constraints(mesh: Mesh | None, rows: PartitionSpec = BATCH):
+  """Two functions for inside a step: activations [B, …] → the same, split by `rows` as the batch;
   a tree of gradients → the same, each where its parameter is. On one device they do nothing."""
   if mesh is None or mesh.size == 1:
     return (lambda x: x), (lambda grads: grads)
   constrain = jax.lax.with_sharding_constraint
-  return (lambda x: constrain(x, NamedSharding(mesh, BATCH)),
+  return (lambda x: constrain(x, NamedSharding(mesh, rows)),
           lambda grads: constrain(grads, shardings(mesh, grads)))
+
+
+def by_rows_and_heads(mesh: Mesh | None):
+  """A kernel (q, k, v [B, H, L, K], segments [B, L] or None) → [B, H, L, K] that GSPMD cannot split
+  → the same, each device running it on its rows and heads."""
+  if mesh is None or mesh.size == 1:
+    return lambda kernel: kernel
+  heads, rows = PartitionSpec(BATCH[0], 'model'), BATCH
+  def spread(kernel):
+    def run(q, k, v, segments):
+      inputs = (q, k, v) if segments is None else (q, k, v, segments)
+      return jax.shard_map(kernel, mesh=mesh, in_specs=(heads, heads, heads, rows)[:len(inputs)],
+                           out_specs=heads, check_vma=False)(*inputs)
+    return run
+  return spread
 
 
 def state_shardings(mesh: Mesh, params) -> dict:

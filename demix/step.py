@@ -23,7 +23,7 @@ def micro_batches(batch: dict, count: int) -> dict:
 
 
 def make_step(model: Model, adamw: AdamW, *, domains: int, balanced: bool, accumulation: int = 1,
-              mesh=None):
+              mesh=None, rows=sharding.BATCH):
   """(state, batch, frozen) → (state, metrics): one update with the gradient of one scalar.
 
   That scalar is the token-mean NLL of the whole batch (docs/method.md): Σ weight · nll /
@@ -34,16 +34,17 @@ def make_step(model: Model, adamw: AdamW, *, domains: int, balanced: bool, accum
     domains: how many domains `domain_B` counts. balanced: rows are expert-major (static).
     mesh: the mesh it runs on; None: one device. Left to itself, XLA splits the width of
       activations over `fsdp`, and gathers an expert's parameters and moments, not its gradient.
+    rows: how the rows of a batch lie on it.
   """
   config = model.config
-  keep_rows, keep_gradients = sharding.constraints(mesh)
+  keep_rows, keep_gradients = sharding.constraints(mesh, rows)
 
   def weighted_nll(trained, frozen, batch, total):
     params = tree.join(trained, frozen)
     hidden, aux, _ = model.apply(
         params, batch['tokens_BL'], batch['domain_B'], balanced=balanced,
         segments_BL=batch.get('segments_BL'), positions_BL=batch.get('positions_BL'),
-        constrain=keep_rows)
+        constrain=keep_rows, spread=sharding.by_rows_and_heads(mesh))
     nll_BL = loss.nll(hidden, model.output_table(params), batch['targets_BL'], config.vocab_size,
                       model.execution.loss_block)
     nll_B = (nll_BL * batch['weights_BL']).sum(1)
@@ -53,7 +54,9 @@ def make_step(model: Model, adamw: AdamW, *, domains: int, balanced: bool, accum
   def step(state, batch, frozen=None):
     frozen = frozen or {}
     tokens_D = jax.ops.segment_sum(batch['weights_BL'].sum(1), batch['domain_B'], domains)
-    total = batch['weights_BL'].sum()
+    scored = batch['weights_BL'].sum()
+    # A batch may hold nothing but prompts, of which no token is predicted: it changes nothing.
+    total = jnp.where(scored > 0, scored, 1)
     gradient = jax.value_and_grad(weighted_nll, has_aux=True)
     if accumulation == 1:
       (value, nll_D), grads = gradient(state['params'], frozen, batch, total)
@@ -67,7 +70,8 @@ def make_step(model: Model, adamw: AdamW, *, domains: int, balanced: bool, accum
     grads = keep_gradients(grads)
     present = None if balanced or config.ffn != 'demix' else tokens_D > 0
     params, optimizer, metrics = adamw.update(
-        grads, state['optimizer'], state['params'], finite=jnp.isfinite(value), present_E=present)
+        grads, state['optimizer'], state['params'],
+        finite=jnp.isfinite(value) & (scored > 0), present_E=present)
     metrics |= {'loss': value, 'nll_D': nll_D, 'tokens_D': tokens_D}
     return {'params': params, 'optimizer': optimizer}, metrics
 

@@ -1,5 +1,5 @@
 """The one training loop. A dense LM, a DEMix LM, a branch and every baseline differ in their config
-only."""
+only; several runs go through it side by side as one does alone."""
 
 import contextlib
 import signal
@@ -8,55 +8,93 @@ from pathlib import Path
 from demix import tree
 from demix.config import Config
 from demix.errors import Preempted
-from demix.progress import Progress, duration
-from demix.run import Run, header
+from demix.progress import Progress, duration, quantity
+from demix.run import Run, differences, header
+from demix.together import chosen, lift
 
 
 class Loop:
-  """Takes a run from where it is to its last step."""
+  """Takes runs from where they are to their last steps.
 
-  def __init__(self, run: Run):
-    self.run, self.stop_signal = run, None
+  Args:
+    runs: one, or several with equal programs.
+    lift: how the step of several is made (demix/together.py).
 
-  def __call__(self) -> int:
-    """Trains to train.steps; returns the steps done. See `run` for what it raises."""
+  Attributes:
+    stop_signal: name of the signal that came, None for none.
+  """
+
+  def __init__(self, runs: list[Run], lift: str = 'threads'):
+    self.runs, self.lift, self.stop_signal = runs, lift, None
+
+  def __call__(self):
+    """Trains to train.steps. See `run` for what it raises."""
     with self._signals():
-      return self._loop()
+      self._loop()
 
   def _loop(self):
-    run = self.run
-    state, frozen = run.start()
-    if run.step >= run.steps:
-      print(f'done already: step {run.step} of {run.steps} in {run.workdir}')
-      return run.step
-    run.save_config()  # not before: what cannot be gone on with stays as it is
-    print(header(run), flush=True)
-    if run.step:
-      print(f'resumed     at step {run.step}', flush=True)
-    with Progress(run.steps, 'steps', 'train', done=run.step) as progress, run.opened():
-      while run.step < run.steps:
-        state, out = run.program.step(state, next(run.rows), frozen)
-        run.take(out)  # the numbers of the step before are read while this one runs
+    going, states = [], []
+    for run in self.runs:
+      state = run.start()
+      if run.step >= run.steps:
+        run.say(f'done already: step {run.step} of {run.steps} in {run.workdir}')
+      else:
+        going.append(run)
+        states.append(state)
+    if not going:
+      return
+    for run in going:
+      run.save_config()  # not before: what cannot be gone on with stays as it is
+    print(header(going), flush=True)
+    for run in going:
+      if run.step:
+        run.say(f'resumed     at step {run.step}')
+    lifted = lift(self.lift, [run.program for run in going], states)
+    del states, state
+    with contextlib.ExitStack() as stack:
+      progress = stack.enter_context(Progress(
+          sum(run.steps for run in self.runs), 'steps', 'train',
+          done=sum(run.step for run in self.runs)))
+      for run in going:
+        stack.enter_context(run.opened())
+      while going:
+        # The numbers of the step before are read while this one runs.
+        for run, out in zip(going, lifted.step([next(run.rows) for run in going])):
+          run.take(out)
         stop = self.stop_signal  # read once: one that comes from here on waits for the next step
         if stop == 'SIGINT':
           raise KeyboardInterrupt
-        evaluate, save = run.due
-        if evaluate or save or stop:
-          run.settle(tree.join(state['params'], frozen) if evaluate else None)
-          if evaluate:
-            run.clock.restart()
-        if run.read:
-          progress.update(run.read, f'loss {run.loss:.3f}, {run.clock.text()}')
-        if save or stop:
-          run.save(state, frozen)
-        if stop and run.step < run.steps:
-          run.saver.close()
-          raise Preempted(f'{stop}: saved step {run.step} of {run.steps} in {run.workdir}; '
-                          'run the same command again to go on')
-    epochs = ', '.join(f'{d} {e:.2f}' for d, e in run.batches.epochs(run.step).items())
-    print(f'epochs      {epochs}\ndone        step {run.step} in '
-          f'{duration(run.ledger["seconds"])}; checkpoints in {run.directory}', flush=True)
-    return run.step
+        self._settle(going, lifted, stop)
+        if going[0].read:
+          progress.update(sum(run.read for run in self.runs), note(going))
+        left = [i for i, run in enumerate(going) if run.step < run.steps]
+        if stop and left:
+          stack.close()
+          raise Preempted(f'{stop}: saved {saved(going)}; run the same command again to go on')
+        if len(left) < len(going):
+          going = [going[i] for i in left]
+          lifted = lifted.only(left) if left else None
+    for run in self.runs:
+      epochs = ', '.join(f'{d} {e:.2f}' for d, e in run.batches.epochs(run.step).items())
+      run.say(f'epochs      {epochs}')
+      run.say(f'done        step {run.step} in {duration(run.ledger["seconds"])}; checkpoints in '
+              f'{run.directory}')
+
+  def _settle(self, going, lifted, stop):
+    """Evaluates and saves what is due after this step; everything, if the runs are to stop."""
+    evaluated = False
+    for i, run in enumerate(going):
+      evaluate, save = run.due
+      if not (evaluate or save or stop):
+        continue
+      state, frozen = lifted.state(i)
+      run.settle(tree.join(state['params'], frozen) if evaluate else None)
+      evaluated |= evaluate
+      if save or stop:
+        run.save(state, frozen, 1 / len(going))
+    if evaluated:
+      for run in going:
+        run.clock.restart()
 
   @contextlib.contextmanager
   def _signals(self):
@@ -74,11 +112,23 @@ class Loop:
         signal.signal(number, handler)
 
 
-def run(config: Config, workdir: Path) -> int:
-  """Trains `config` in `workdir`, whose lock the caller holds; the same again resumes.
+def note(going: list[Run]) -> str:
+  """How runs are doing, in a few words."""
+  if len(going) == 1:
+    return f'loss {going[0].loss:.3f}, {going[0].clock.text()}'
+  losses, rates = [run.loss for run in going], [run.clock.rates() for run in going]
+  rate = sum(r.get('throughput/tokens_per_second', 0) for r in rates)
+  return (f'{len(going)} runs, loss {min(losses):.3f} to {max(losses):.3f}, '
+          f'{quantity(rate)} tokens/s together')
 
-  Returns:
-    The steps done.
+
+def saved(going: list[Run]) -> str:
+  """Which step of which run, for people."""
+  return ', '.join(f'step {run.step} of {run.steps} in {run.workdir}' for run in going)
+
+
+def run(config: Config, workdir: Path):
+  """Trains `config` in `workdir`, whose lock the caller holds; the same again resumes.
 
   Raises:
     BadInput: the data or config is wrong, or the workdir belongs to another experiment.
@@ -86,4 +136,39 @@ def run(config: Config, workdir: Path) -> int:
     NonFinite: a loss or gradient was not finite; step and worst domain are named.
     Preempted: SIGTERM or SIGUSR1 came; everything is saved.
   """
-  return Loop(Run(config, workdir))()
+  Loop([Run(config, workdir)])()
+
+
+def together(members: dict[str, tuple[Config, Path]], say=print):
+  """Trains several runs in this process: those with equal programs side by side, the rest apart.
+
+  Each is the run that `run` would make of it, in its own workdir, and can go on either way.
+
+  Args:
+    members: {name: (config, workdir)}; the caller holds the locks of the workdirs.
+    say: called with a line for each that trains apart.
+
+  Raises:
+    As `run`; NonFinite names the run too. What the others saved stays.
+  """
+  groups = []
+  for run in [Run(config, workdir, name) for name, (config, workdir) in members.items()]:
+    for group in groups:
+      if not differences(group[0], run):
+        group.append(run)
+        break
+    else:
+      if groups:
+        others = [f'{g[0].name}: {"; ".join(differences(g[0], run))}' for g in groups]
+        say(f'{run.name}: apart from {", from ".join(others)}')
+      groups.append([run])
+  for group in groups:
+    for run in group:
+      run.program = group[0].program  # equal; so it is compiled once
+  # All of them now: what one cannot be is said before another trains.
+  loops = [Loop(group, chosen(group[0].config.train.lift, group[0].program)) for group in groups]
+  for loop, after in zip(loops, [*groups[1:], None]):
+    loop()
+    if loop.stop_signal and after:
+      raise Preempted(f'{loop.stop_signal}: {after[0].name} is still to be trained; run the same '
+                      'command again to go on')

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from demix.errors import BadInput
-from demix.layers import initializers
+from demix.layers import fused_attention, initializers
 from demix.layers.attention import Attention, mask_bias
 from demix.layers.domain_expert_ffn import DomainExpertFFN
 from demix.layers.feed_forward import ACTIVATIONS, FeedForward
@@ -119,17 +119,29 @@ def preset(name: str, **changes) -> ModelConfig:
 class ExecutionConfig:
   """How the model is run; changes speed and memory, not what is computed (up to rounding)."""
   scan: bool = option(True, 'walk the layers with lax.scan; False unrolls them', operational=True)
-  remat: str = option('none', 'recompute in the backward pass: none, dots (keep matmul results) '
-                      'or full', operational=True)
+  remat: str = option('none', 'recompute in the backward pass: none, dots (keep matmul results), '
+                      'offload (keep them in host memory) or full', operational=True)
   loss_block: int = option(0, 'tokens per block of the cross-entropy, so that [B, L, V] logits are '
                            'never stored; 0: all at once', operational=True)
+  attention: str = option('auto', 'auto: cudnn on GPUs, splash on TPUs, else plain; or one of them '
+                          '(plain where it cannot run, with a message)', operational=True)
 
   def check(self):
-    """Raises BadInput for an unknown policy."""
+    """Raises BadInput for an unknown policy or kernel."""
+    fused_attention.check(self.attention)
     if self.remat not in REMAT:
       raise BadInput(f'execution.remat={self.remat!r}: no such policy{nearest(self.remat, REMAT)}')
     if self.loss_block < 0:
       raise BadInput(f'execution.loss_block={self.loss_block} is below 0: 0 turns it off')
+
+  def check_devices(self, devices):
+    """Raises BadInput when activations shall go to host memory and a device knows none."""
+    for device in devices if self.remat == 'offload' else ():
+      kinds = [memory.kind for memory in device.addressable_memories()]
+      if 'pinned_host' not in kinds:
+        raise BadInput(f'execution.remat=offload: {device.device_kind} has memory '
+                       f'{", ".join(kinds)} and no pinned_host to move activations to; take '
+                       'execution.remat=full or dots')
 
 
 def keep_dots(primitive, *_, **params) -> bool:
@@ -138,9 +150,18 @@ def keep_dots(primitive, *_, **params) -> bool:
   return primitive is jax.lax.dot_general_p and len(params['dimension_numbers'][1][0]) < 2
 
 
+def offload_dots(primitive, *_, **params):
+  """Checkpoint policy: what `keep_dots` keeps goes to the host's memory and comes back."""
+  move = jax.checkpoint_policies.offload_dot_with_no_batch_dims('device', 'pinned_host')
+  if keep_dots(primitive, **params):  # JAX's own would compute products batched over experts again
+    params['dimension_numbers'] = params['dimension_numbers'][0], ((), ())
+  return move(primitive, *_, **params)
+
+
 REMAT = {
     'none': lambda f: f,
     'dots': lambda f: jax.checkpoint(f, policy=keep_dots),
+    'offload': lambda f: jax.checkpoint(f, policy=offload_dots),
     'full': jax.checkpoint,
 }
 
@@ -225,7 +246,7 @@ class Transformer(nnx.Module):
 
   def __call__(self, tokens_BL, route, taps=(), *, segments_BL=None, positions_BL=None,
                balanced=False, execution=ExecutionConfig(), dtype=jnp.float32,
-               constrain=lambda x: x):
+               constrain=lambda x: x, spread=lambda f: f):
     """Runs the model.
 
     Args:
@@ -239,6 +260,7 @@ class Transformer(nnx.Module):
       execution: an ExecutionConfig (static).
       dtype: of the computation.
       constrain: called on the residual stream, [B, L, D], between blocks: where it shall lie.
+      spread: see fused_attention.choose.
 
     Returns:
       hidden [B, L, D] after the final norm; aux {} (auxiliary losses by name);
@@ -254,7 +276,7 @@ class Transformer(nnx.Module):
         raise BadInput(f'no tap {name!r}{nearest(name, TAPS)}')
     L = tokens_BL.shape[1]
     positions = np.arange(L)[None] if positions_BL is None else positions_BL
-    bias = mask_bias(L, segments_BL)
+    bias = self.bias(tokens_BL.shape, segments_BL, execution, dtype, spread)
     x = constrain(self.embed(tokens_BL, positions, dtype))
     graphs, leaves = self._blocks()
 
@@ -277,6 +299,12 @@ class Transformer(nnx.Module):
       tapped = jax.tree.map(lambda *t: jnp.stack(t), *out)
     tapped = jax.tree.map(lambda t: t.reshape(c.layers, *t.shape[2:]), tapped)
     return constrain(self.final_norm(x)), {}, tapped
+
+  def bias(self, shape_BL, segments_BL, execution, dtype, spread=lambda f: f):
+    """What attention sees by: `attention.mask_bias`, or a fused kernel that knows it."""
+    kernel = fused_attention.choose(execution.attention, self.config, shape_BL, dtype, segments_BL,
+                                    spread)
+    return kernel or mask_bias(shape_BL[1], segments_BL)
 
   def _check_length(self, L):
     learned = self.config.positions == 'learned'

@@ -2,6 +2,7 @@
 # that make JAX fast on CPU. Needs bash and Python >= 3.11 with its venv module; nothing else.
 #
 #   install_requirements FILE…   makes .venv if needed, installs the files if they changed
+#                                (VENV=.venv-other: a virtual environment of that name)
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
@@ -20,7 +21,7 @@ find_python() {
 }
 
 install_requirements() {
-  local venv="$root/.venv" wanted stamp file
+  local venv="$root/${VENV:-.venv}" wanted stamp file
   # The stamp is written last: an installation that was interrupted is done again.
   wanted="$(cd "$root" && for file in "$@"; do cat "$file"; done | cksum)"
   stamp="$venv/.installed-$(echo "$*" | tr ' /' '--')"
@@ -28,7 +29,7 @@ install_requirements() {
     local python started=$SECONDS
     if [ ! -x "$venv/bin/python" ]; then
       python="$(find_python)" || fail "no Python 3.11 to 3.13 with venv found; install one or set PYTHON=/path/to/python3"
-      echo "making .venv with $("$python" --version)" >&2
+      echo "making $venv with $("$python" --version)" >&2
       rm -rf "$venv"
       "$python" -m venv "$venv" || fail "$python cannot make a virtual environment (on Debian: apt-get install python3-venv)"
     fi

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to a table: text that lies on this machine, a dense and a DEMix LM, both evaluated,
-# the experts given and mixed; and a text that they write together.
+# From nothing to a table: text that lies on this machine; a dense LM, a DEMix LM and a forest of
+# whole LMs (a seed, its branches); experts given, mixed and averaged; and a text they write together.
 #
 #   launch/quickstart.sh [--workdir DIR] [--seed N]
 #
@@ -34,19 +34,29 @@ if [ -f "$workdir/results.json" ] && [ -f "$workdir/table.txt" ]; then
   exit 0
 fi
 
-echo "1/4 prepare: text on this machine -> byte-level BPE -> token store"
+echo "1/5 prepare: text on this machine -> byte-level BPE -> token store"
 python -m demix prepare --input=local_text --out="$workdir/corpus" --config=configs/quickstart_corpus.py
 for arm in dense demix; do
-  echo; [ $arm = dense ] && echo "2/4 train: dense" || echo "3/4 train: DEMix"
+  echo; [ $arm = dense ] && echo "2/5 train: dense" || echo "3/5 train: DEMix"
   python -m demix train --config=configs/quickstart.py:$arm --config.seed="$seed" \
     --config.data.path="$workdir/corpus" --workdir="$workdir/$arm"
 done
-echo; echo "4/4 evaluate, one expert at a time and mixed; then write"
-python -m demix evaluate --model="$workdir/dense" --model="$workdir/demix" --data="$workdir/corpus" \
+echo; echo "4/5 grow a forest: a seed, a branch for each domain; and their average"
+[ -f "$workdir/forest/forest.json" ] || python -m demix forest plan --forest="$workdir/forest" \
+  --data="$workdir/corpus" --config=configs/forest_quickstart.py:0.5,"$seed"
+python -m demix forest run --forest="$workdir/forest" --together
+[ -d "$workdir/average" ] || python -m demix merge --model=forest:"$workdir/forest" \
+  --workdir="$workdir/average"
+echo; echo "5/5 evaluate, one expert at a time, mixed and averaged; then write"
+models=()
+for model in dense demix forest average; do
+  models+=(--model=$model="$([ $model != forest ] || echo forest:)$workdir/$model")
+done
+python -m demix evaluate "${models[@]}" --data="$workdir/corpus" \
   --domains="$(python -c 'from configs.quickstart_corpus import DOMAINS; print(",".join(DOMAINS))')" \
   --mix=given,average,uniform,updating,cached --save_priors="$workdir/priors.json" \
   --out="$workdir/results.json" > "$workdir/table.tmp"
-{ echo; echo "A text by the mixture (--prompt='class '):"; } >> "$workdir/table.tmp"
+{ echo; echo "A text by the DEMix LM's experts (--prompt='class '):"; } >> "$workdir/table.tmp"
 python -m demix generate --model="$workdir/demix" --prompt='class ' --max_tokens=80 --seed=1 \
   >> "$workdir/table.tmp" 2>&1
 mv "$workdir/table.tmp" "$workdir/table.txt"
@@ -56,6 +66,7 @@ cat <<EOF
 Everything lies in $workdir:
   corpus/          token store and data card (card.json); the text itself in corpus_text/
   dense/, demix/   config.json, metrics.jsonl, tensorboard/, checkpoints/
+  forest/          forest.json, seed/, experts/<name>/, each as above; average/: their average
   results.json     the numbers of the tables above; priors.json, the cached priors
 took $((SECONDS - started))s after installation
 EOF

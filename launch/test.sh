@@ -9,7 +9,12 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$root"
 long=() notebook=()
 if [ "${1:-}" = --long ]; then long=(--long) notebook=(requirements-notebook.txt); shift; fi
-install_requirements requirements.txt requirements-dev.txt ${notebook[@]+"${notebook[@]}"}
+install_requirements requirements.txt requirements-dev.txt requirements-hf.txt ${notebook[@]+"${notebook[@]}"}
+
+# TensorFlow stays out of .venv: the long test of SeqIO runs prepare in an environment of its own.
+if [ ${#long[@]} -gt 0 ]; then
+  (VENV=.venv-seqio install_requirements requirements.txt requirements-seqio.txt)
+fi
 
 # Tests compile the same small programs often: keep every one of them.
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PLATFORMS=cpu

@@ -10,14 +10,15 @@ import functools
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import jax
 import models
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from demix import sharding, tree
-from demix.step import make_step
+from demix import sharding, together, tree
+from demix.step import Program, make_step
 
 # Every leaf has another shape than those of other kinds, whole or split in two.
 SIZES = dict(d_model=20, heads=4, kv_heads=2, head_size=6, d_ff=28, vocab_size=41, max_length=7)
@@ -143,5 +144,50 @@ def run(case: str) -> dict:
                                       tree.flatten(where['params']).values())}}
 
 
+# ---- several runs, each on its own group of devices
+
+BESIDE = {  # name: mesh, runs, micro-batches
+    '8 runs, expert 8': (dict(expert=8), 8, 1),
+    '3 runs, expert 2 data 4': (dict(expert=2), 3, 1),
+    '4 runs, expert 2 data 2 fsdp 2, 2 micro-batches': (dict(expert=2, data=2, fsdp=2), 4, 2),
+}
+
+
+def beside(case: str) -> dict:
+  """What two steps of several dense runs communicate, and what each computes there and alone."""
+  axes, count, accumulation = BESIDE[case]
+  model, optimizer = models.tiny('gpt', ffn='dense', **SIZES), models.adamw()
+  program = Program(model, optimizer, '', 1, True, accumulation,
+                    sharding.make_mesh(sharding.MeshConfig(**axes)))
+  def fresh(seed):
+    params = models.drawn(model, seed)
+    return {'params': params, 'optimizer': optimizer.init(params)}
+  batches = [[jax.device_get(models.batch_of(np.zeros(8), L, seed=10 * run + step))
+              for run in range(count)] for step in range(2)]
+  together.jax = SimpleNamespace(**vars(jax) | {'jit': models.jit})
+  lifted = together.lift(together.chosen('auto', program), [program] * count,
+                         [(fresh(run), {}) for run in range(count)])
+  rows = {n: np.stack([batches[0][i][n] for i in (*range(count), *lifted.again)])
+          for n in batches[0][0]}
+  text = lifted._step.lower(lifted.states[0], rows, {}).compile().as_text()
+  numbers = [[out() for out in lifted.step(batch)] for batch in batches]
+  alone = models.jit(make_step(model, optimizer, domains=1, balanced=True))
+  out = {'mesh': dict(program.mesh.shape), 'step': collectives(text, program.mesh), 'runs': []}
+  for run in range(count):
+    one, metrics = train(alone, fresh(run), [batch[run] for batch in batches])
+    many = tree.flatten(lifted.state(run)[0])
+    out['runs'].append({
+        'alone': metrics,
+        'beside': {n: [np.asarray(step[run][n]).tolist() for step in numbers] for n in metrics},
+        'difference': max(float(np.abs(np.asarray(one[n]) - np.asarray(many[n])).max())
+                          for n in one)})
+  out['devices'] = [len(s.device_set) for s in
+                    {x.sharding for x in jax.tree.leaves(lifted.states[0]['params'])}]
+  out['local'] = sorted({x.sharding.shard_shape(x.shape)[0]
+                         for x in jax.tree.leaves(lifted.states[0])})
+  return out
+
+
 if __name__ == '__main__':
-  json.dump({case: run(case) for case in CASES}, sys.stdout)
+  json.dump({case: run(case) for case in CASES} | {case: beside(case) for case in BESIDE},
+            sys.stdout)

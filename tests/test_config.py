@@ -75,6 +75,7 @@ def test_without_flags_the_defaults():
     ('--config.data.domains=', 'data.domains', []),
     ('--config.data.weights.legal=2', 'data.weights', {'legal': 2}),
     ('--config.data.weights.legal=0.25', 'data.weights', {'legal': 0.25}),
+    ('--config.data.schedule=8 a=4 b=1, 9 a=.5', 'data.schedule', '8 a=4 b=1, 9 a=.5'),
 ])
 def test_an_override_by_dotted_path(flag, path, value):
   changed = settings.flatten(parse(flag))
@@ -228,15 +229,18 @@ def test_identity_is_what_defines_the_experiment(store, tmp_path):
   flat = identity(full, store)
   expected = {k for k in settings.flatten(full) if k not in {
       'data.path', 'train.steps', 'train.log_every', 'train.eval_every', 'train.eval_sequences',
-      'train.checkpoint_every', 'train.max_to_keep', 'train.keep_every', 'train.tensorboard'}
-      and not k.startswith(('execution.', 'mesh.', 'init.'))}  # docs/contracts.md
+      'train.checkpoint_every', 'train.max_to_keep', 'train.keep_every', 'train.tensorboard',
+          'train.lift'}
+      and not k.startswith(('execution.', 'mesh.', 'init.', 'data.schedule'))}  # docs/contracts.md
   assert flat.keys() == expected | {'data.fingerprint', 'tokenizer.fingerprint'}
   assert orjson.loads(orjson.dumps(flat)) == flat
   moved = TokenStore.open(shutil.copytree(store.path, tmp_path / 'elsewhere'))
   again = complete(make(train={'log_every': 3, 'keep_every': 9}), moved)
   assert identity(again, moved) == flat and digest(identity(again, moved)) == digest(flat)
   for change in ({'seed': 1}, {'model': {'d_model': 32}}, {'train': {'accumulation': 2}},
-                 {'data': {'domains': corpus.DOMAINS[::-1]}}, {'optimizer': {'clip': 0.5}}):
+                 {'data': {'domains': corpus.DOMAINS[::-1]}}, {'optimizer': {'clip': 0.5}},
+                 {'data': {'sampling': 'weights', 'weights': dict.fromkeys(corpus.DOMAINS, 1),
+                           'schedule': '5 legal=2'}}):
     other = identity(complete(make(**change), store), store)
     assert other != flat and digest(other) != digest(flat)
 

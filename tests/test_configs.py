@@ -15,6 +15,7 @@ import pytest
 from demix import settings, sweep
 from demix.config import Config, complete
 from demix.data.prepare import PrepareConfig, _check
+from demix.data.sources import corpus
 from demix.errors import BadInput
 from demix.mix.mixture import MixConfig
 from demix.optimizer import AdamW
@@ -31,13 +32,17 @@ SIZES = ('125m', '350m', '760m', '1.3b')
 ARGS = {
     'quickstart.py': ('', 'dense', 'demix'),
     'mix.py': ('', 'average', 'uniform', 'updating', 'cached', 'released', 'top2', 'decayed',
-               'window', 'logits', 'pick'),
+               'window', 'logits', 'pick', 'clusters', 'clusters_released', 'clusters_top2'),
     'forest_quickstart.py': ('', '0.5'),
     'forest_controls.py': ('', 'no_seed', 'random_split', 'seed_shares'),
     'forest_rounds.py': ('', '1', '2'),
     **{f'papers/btm/{plan}.py': ('', *SIZES) for plan in ('forest', 'curriculum')},
+    'forest_clusters.py': ('', '4'),
+    'importance.py': ('',),
     'adapt.py': ('', 'demix', 'dense', 'dense_ffn'),
     'quickstart_corpus.py': ('',),
+    'upsample.py': ('', 'code', 'code,late', 'code,ramp', 'code,constant'),
+    'corpora/demix_eight.py': ('', '600e6'),
     'laptop.py': ('', 'dense,1m', *(f'{arm}{size}' for size in ('', ',10m') for arm in (
         'dense', 'proportional', 'domain_token', 'demix', 'demix_every_second'))),
     **{f'papers/demix/{arm}.py': ('', *SIZES) for arm in (
@@ -66,6 +71,7 @@ def fake_store(config: Config):
   """What `complete` reads of a token store: the papers' domains under GPT-2's vocabulary."""
   names = config.data.domains or PAPER
   return types.SimpleNamespace(domains=names, roles=dict.fromkeys(names, 'train'), path='store',
+                               groups={}, leaves=tuple,
                                vocab_size=50260)
 
 
@@ -97,7 +103,7 @@ def test_a_way_of_mixing_can_be(arg):
 
 
 @pytest.mark.parametrize(('name', 'arg'), [
-    c for c in CASES if c[0] not in ('quickstart_corpus.py', 'mix.py')
+    c for c in CASES if c[0] not in ('quickstart_corpus.py', 'corpora/demix_eight.py', 'mix.py')
     and 'forest' not in c[0] and 'btm' not in c[0]])
 def test_a_config_builds(name, arg):
   """Its model, optimizer and one update with gradients, traced for the whole batch."""
@@ -153,15 +159,24 @@ def test_the_papers_recipe(size):
   assert difference('demix_every_second') == {'model.ffn', 'model.experts', 'model.expert_every'}
 
 
+def test_the_eight_domains_are_the_papers_and_their_entries_can_be():
+  content = load_config('configs/corpora/demix_eight.py:1e9').to_dict()
+  config = settings.from_dict(PrepareConfig, content)
+  _check(config)
+  entries = corpus.entries(config.corpus, config.domains)
+  assert tuple(entries) == PAPER and config.max_bytes == 10**9
+  assert all(e.licence for several in entries.values() for e in several)
+
+
 def test_the_quick_start_arms_differ_in_the_ffn_only_and_fit_their_corpus():
   dense, demix = (completed('quickstart.py', arm) for arm in ('dense', 'demix'))
   flat, other = settings.flatten(dense), settings.flatten(demix)
   assert {k for k in flat if flat[k] != other[k]} == {'model.ffn', 'model.experts'}
   content = load_config('configs/quickstart_corpus.py').to_dict()
-  corpus = settings.from_dict(PrepareConfig, content)
-  _check(corpus)
-  assert len(dense.data.domains) == 4 and len(corpus.domains) == 5  # four and one held out
-  assert set(dense.data.domains) < set(corpus.domains)
+  prepared = settings.from_dict(PrepareConfig, content)
+  _check(prepared)
+  assert len(dense.data.domains) == 4 and len(prepared.domains) == 5  # four and one held out
+  assert set(dense.data.domains) < set(prepared.domains)
 
 
 def test_adapting_is_the_base_run_at_a_tenth_of_its_rate():

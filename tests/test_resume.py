@@ -22,6 +22,10 @@ KINDS = {
     'demix': {'model__ffn': 'demix'},
     'demix proportional': {'model__ffn': 'demix', 'data__sampling': 'proportional'},
     'documents': {'model__ffn': 'demix', 'data__packing': 'document'},
+    'schedule': {  # the stop is in the middle of it
+        'model__ffn': 'demix', 'data__sampling': 'weights', 'data__domains': 'legal,code',
+        'data__weights__legal': 1, 'data__weights__code': 0, 'data__schedule_kind': 'linear',
+        'data__schedule': '3 legal=2 code=1, 6 code=5'},
     'accumulation': {'model__ffn': 'demix', 'train__accumulation': 2},
     'bfloat16': {'model__ffn': 'demix', 'train__compute_dtype': 'bfloat16'},
 }

@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 from models import drawn, tiny
-from sharded_program import CASES, collectives, replica_groups
+from sharded_program import BESIDE, CASES, collectives, replica_groups
 
 from demix import sharding, tree
 from demix.errors import BadInput
@@ -141,7 +141,7 @@ def test_the_reader_finds_shapes_and_axes():
 # ---- the compiled step
 
 @pytest.fixture(scope='module')
-def found():
+def printed():
   """{case: what tests/sharded_program.py found}."""
   flags = '--xla_force_host_platform_device_count=8'
   done = subprocess.run(
@@ -149,6 +149,12 @@ def found():
       env=os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)})
   assert done.returncode == 0, done.stderr[-3000:]
   return json.loads(done.stdout)
+
+
+@pytest.fixture(scope='module')
+def found(printed):
+  """Of CASES only."""
+  return {case: printed[case] for case in CASES}
 
 
 each_case = pytest.mark.parametrize('case', CASES)
@@ -255,3 +261,23 @@ def test_the_cases_are_what_their_names_say(found):
     assert it['mesh'] == dict.fromkeys(sharding.AXES, 1) | axes
     assert np.prod(list(it['mesh'].values())) == 8
   assert drawn(tiny()).keys() == {n.split('/')[0] for n in it['leaves']}
+
+
+# ---- several runs side by side
+
+@pytest.mark.parametrize('case', BESIDE)
+def test_runs_on_the_expert_axis_send_each_other_nothing_and_are_those_of_one_device(
+    printed, case):
+  it = printed[case]
+  assert all('expert' not in c['axes'] for c in it['step']), it['step']
+  assert bool(it['step']) == (it['mesh']['expert'] < 8)  # with data or fsdp there is something
+  assert it['devices'] == [8] * len(it['devices'])
+  assert it['local'] == [-(-len(it['runs']) // it['mesh']['expert'])]
+  norms = set()
+  for run in it['runs']:
+    assert run['alone'].pop('applied') == run['beside'].pop('applied') == [True, True]
+    for name, values in run['alone'].items():
+      np.testing.assert_allclose(run['beside'][name], values, rtol=3e-6, err_msg=name)
+    assert run['difference'] < 3e-6
+    norms.add(run['alone']['grad_norm'][0])
+  assert len(norms) == len(it['runs']) and min(norms) > 0.5  # each is clipped, by its own norm

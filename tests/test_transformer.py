@@ -157,7 +157,7 @@ def test_scan_is_the_unrolled_loop(plain):
   assert 'scan' in jaxprs.primitives(run(tiny(kind)), params)
 
 
-@pytest.mark.parametrize('remat', ['dots', 'full'])
+@pytest.mark.parametrize('remat', ['dots', 'offload', 'full'])
 def test_remat_changes_no_number(plain, remat):
   kind, params, batch, expected = plain
   assert_close(outputs_and_gradients(tiny(kind, remat=remat), params, batch), expected, 1e-5, 1e-5)
@@ -180,6 +180,30 @@ def test_remat_keeps_what_it_says_for_the_backward_pass(ffn):
   assert kept['full'] == {(8, L, 16)}  # the residual stream between blocks
   assert kept['dots'] == {(8, L, 16), (48, 16), wide}  # and q, k, v, out: no scores
   assert kept['none'] >= kept['dots'] | {scores}
+
+
+def test_offload_moves_what_dots_keeps_to_the_host_and_back():
+  model, batch = tiny(remat='offload'), batch_of(BALANCED)
+  gradient = jax.grad(lambda p: model.apply(
+      p, batch['tokens_BL'], batch['domain_B'], balanced=True)[0].sum())
+  moved = [e for e in jaxprs.equations(jax.make_jaxpr(gradient)(drawn(model)))
+           if e.primitive.name == 'device_put']
+  to_host = lambda e: 'host' in str(e.params['devices']).lower()
+  there, back = ([e.invars[0].aval.shape for e in moved if to_host(e) == host]
+                 for host in (True, False))
+  # q, k, v, what attention and FFN give, and what `up` makes; nothing batched over heads.
+  assert sorted(there) == sorted(back) and set(there) <= {(8, L, 16), (48, 16), (4, 12, 24)}
+  assert (4, 12, 24) in there and len(there) >= 5
+
+
+def test_offload_needs_a_memory_to_go_to():
+  class Device:
+    device_kind, platform = 'abacus', 'cpu'
+    def addressable_memories(self):
+      return [type('Memory', (), {'kind': 'device'})]
+  tiny(remat='dots').execution.check_devices([Device()])
+  with pytest.raises(BadInput, match='abacus has memory device and no pinned_host'):
+    tiny(remat='offload').execution.check_devices([Device()])
 
 
 def test_taps_are_shaped_and_ordered_by_layer(plain):

@@ -12,6 +12,7 @@ import math
 import grain
 import numpy as np
 
+from demix.data import schedule
 from demix.data.packing import PACKINGS, sequences
 from demix.data.store import TokenStore
 from demix.errors import BadInput
@@ -26,10 +27,15 @@ _ENDLESS = 1 << 52  # rows; Grain's own endless datasets are too long for its ba
 class DataConfig:
   """Which domains, how much of each, in what shape."""
   path: str = option('', 'the token store that `prepare` wrote', operational=True)
-  domains: tuple = option((), 'training domains in order; (): all of role train, in store order')
+  domains: tuple = option((), 'training domains in order, a group stands for its leaves; (): all '
+                               'of role train, in store order')
   sampling: str = option('balanced', 'balanced (equal sequences per domain, expert-major), '
                                      'proportional (to size) or weights')
   weights: dict = option({}, 'sampling=weights: share of each domain, --config.data.weights.NAME=2')
+  schedule: str = option('', "sampling=weights: other shares from a step on, 'STEP NAME=SHARE …, "
+                             "STEP …'; weights are those at step 0, who is not named keeps its own")
+  schedule_kind: str = option('piecewise', 'piecewise (shares jump at those steps) or linear (a '
+                                           'straight line from step to step)')
   sequence_length: int = option(128, 'L, targets per sequence')
   batch_size: int = option(32, 'B, sequences per update, over all domains')
   packing: str = option('continuous', 'continuous (the papers) or document (no attention across '
@@ -39,7 +45,8 @@ class DataConfig:
 
   def check(self):
     """Raises BadInput for values that cannot be."""
-    for name, known in (('sampling', SAMPLINGS), ('packing', PACKINGS)):
+    for name, known in (('sampling', SAMPLINGS), ('packing', PACKINGS),
+                        ('schedule_kind', schedule.KINDS)):
       value = getattr(self, name)
       if value not in known:
         raise BadInput(f'data.{name}={value!r}: no such choice{nearest(value, known)}')
@@ -53,9 +60,13 @@ class DataConfig:
       raise BadInput(f'data.batch_size={self.batch_size} is not a multiple of {n} domains: '
                      f'balanced batches need equal rows; try {self.batch_size // n * n or n} or '
                      f'{(self.batch_size // n + 1) * n}')
-    if self.weights and self.sampling != 'weights':
-      raise BadInput(f'data.weights is given, but data.sampling={self.sampling} does not read it: '
-                     'set data.sampling=weights')
+    for name in ('weights', 'schedule'):
+      if getattr(self, name) and self.sampling != 'weights':
+        raise BadInput(f'data.{name} is given, but data.sampling={self.sampling} does not read it: '
+                       'set data.sampling=weights')
+    if self.schedule_kind != 'piecewise' and not self.schedule:
+      raise BadInput(f'data.schedule_kind={self.schedule_kind} without data.schedule: give steps '
+                     'and shares, or leave it out')
     if self.sampling == 'weights':
       for name in self.domains:
         if name not in self.weights:
@@ -69,6 +80,11 @@ class DataConfig:
           raise BadInput(f'data.weights.{name}={value!r}: a share is a number of at least 0')
       if not sum(self.weights.values()) > 0:
         raise BadInput('data.weights sum to 0: give at least one domain a share')
+      self.knots()
+
+  def knots(self) -> list:
+    """`schedule.parse` of the schedule; empty where there is none."""
+    return schedule.parse(self.schedule, self.weights, self.domains) if self.schedule else []
 
   @property
   def body_length(self) -> int:
@@ -107,8 +123,11 @@ class Batches:
     sources = [sequences(store, name, split, config.body_length, config.packing)
                for name in self.domains]
     self.lengths = {name: len(s) for name, s in zip(self.domains, sources)}
-    self.shares = self._shares()
-    for name, source, share in zip(self.domains, sources, self.shares):
+    self.shares, knots = self._shares(), config.knots()
+    self._scheduled = schedule.ScheduledTurns(knots, config.schedule_kind, config.batch_size) \
+        if knots else None
+    largest = [max(s[n] for _, s in knots) for n in self.domains] if knots else self.shares
+    for name, source, share in zip(self.domains, sources, largest):
       rows = max(1, round(share * config.batch_size)) if share else 0
       if len(source) < rows:
         raise BadInput(f'{store.path}/{name}/{split}: {len(source)} sequences of '
@@ -125,7 +144,8 @@ class Batches:
       each = [d.batch(size // len(datasets), batch_fn=stack) for d in datasets]
       self._batches = grain.experimental.ZipMapDataset(each).map(_concatenate)
     else:
-      mixed = grain.MapDataset.select_from_datasets(datasets, Turns(self._raw_shares()))
+      turns = self._scheduled or Turns(self._raw_shares())
+      mixed = grain.MapDataset.select_from_datasets(datasets, turns)
       self._batches = mixed.batch(size, batch_fn=stack)
 
   def _raw_shares(self) -> list:
@@ -149,6 +169,10 @@ class Batches:
 
   def epochs(self, batches: int) -> dict:
     """{domain: passes over its sequences} after that many batches."""
+    if self._scheduled:
+      exact = self._scheduled.shares_until(batches)
+      return {n: x / self._scheduled.unit / max(1, self.lengths[n])
+              for n, x in zip(self.domains, exact)}
     rows = batches * self.config.batch_size
     return {n: rows * s / max(1, self.lengths[n]) for n, s in zip(self.domains, self.shares)}
 

@@ -37,6 +37,7 @@ class Stream:
                partial: bool = False):
     self.store, self.domain, self.split = store, domain, split
     self.length, self.stride = length, stride or length
+    self.prompts = Prompts(store, domain, split)
     if not 1 <= self.stride <= length:
       raise BadInput(f'stride {stride} is not between 1 and the sequence length {length}')
     total = len(store.tokens(domain, split))
@@ -58,10 +59,30 @@ class Stream:
     row['targets'][:count] = tokens[start:end]
     row['tokens'][0] = tokens[start - 1] if start else self.store.eod_id
     row['tokens'][1:count] = tokens[start:end - 1]
-    row['weights'][scored - start:count] = 1
+    row['weights'][scored - start:count] = self.prompts.weights(scored, end)
     row['segments'][:count] = 1
     row['positions'][:count] = np.arange(count)
     return row
+
+
+class Prompts:
+  """Which tokens of a domain and split are predicted: all, but those of the documents' prompts."""
+
+  def __init__(self, store: TokenStore, domain: str, split: str):
+    self.store, self.domain, self.split = store, domain, split
+
+  def weights(self, start: int, end: int) -> np.ndarray | float:
+    """Weights [end - start] of those tokens of the stream: 0 in prompts; 1.0 without any."""
+    prompts = self.store.prompts(self.domain, self.split)
+    if prompts is None:
+      return 1.0
+    ends = self.store.documents(self.domain, self.split)[:, 0]
+    first, last = np.searchsorted(ends, [start, end - 1], 'right')
+    weights = np.ones(end - start, np.float32)
+    for document in range(first, last + 1):
+      begin = int(ends[document - 1]) if document else 0
+      weights[max(0, begin - start):max(0, begin + int(prompts[document]) - start)] = 0
+    return weights
 
 
 def empty_row(length: int) -> dict:
@@ -125,6 +146,7 @@ class Documents:
 
   def __init__(self, store: TokenStore, domain: str, split: str, length: int):
     self.store, self.domain, self.split, self.length = store, domain, split, length
+    self.prompts = Prompts(store, domain, split)
     path = os.path.join(store.path, domain, split, f'packed_{length}.npz')
     ends = np.asarray(store.documents(domain, split)[:, 0])
     of = digest_of(ends)
@@ -152,7 +174,8 @@ class Documents:
       # The token before a document's first is the end-of-document of the one before it.
       row['tokens'][at] = tokens[start - 1] if start else self.store.eod_id
       row['tokens'][at + 1:at + count] = tokens[start:start + count - 1]
-      row['weights'][part], row['segments'][part] = 1, segment
+      row['weights'][part] = self.prompts.weights(start, start + count)
+      row['segments'][part] = segment
       row['positions'][part] = np.arange(count)
       at += count
     return row

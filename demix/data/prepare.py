@@ -15,12 +15,15 @@ import orjson
 import xxhash
 
 from demix import settings
-from demix.data import documents, duplicates, store, tokenizer
+from demix.data import anonymise, documents, duplicates, leakage, store, tokenizer, vocabulary
 from demix.data.building import Building, synced
 from demix.data.card import text as card_text
+from demix.data.sources import corpus
+from demix.data.sources.part import Document
 from demix.errors import BadInput
 from demix.progress import Progress, quantity
 from demix.settings import option
+from demix.workdir import write_atomic
 
 MAX_SAMPLE = 64 << 20
 LOCAL_TEXT = 'local_text'
@@ -39,10 +42,15 @@ class PrepareConfig:
   vocab_size: int = option(8192, 'ids to learn, 256 bytes and end of document included; bpe')
   sample_bytes: int = option(32 << 20, 'bytes of train text to learn from, in equal shares per '
                                        'domain, at most 64 MiB; bpe')
-  domains: tuple = option((), 'domains and their order; empty: all folders, sorted')
+  corpus: tuple = option((), 'domains of any format or place, one dict each: '
+                             "{'name', 'source', 'path', …} (docs/corpora.md); --input is then "
+                             'where relative paths start')
+  domains: tuple = option((), 'domains and their order; empty: all folders, sorted; all of corpus')
   novel: tuple = option((), 'domains for evaluation and adaptation only (role novel)')
   max_record_bytes: int = option(16 << 20, 'bytes of one record (a line, a .txt file)')
   on_bad_record: str = option('fail', 'fail, or skip: leave unreadable records out and count them')
+  anonymise: tuple = option((), 'what to replace by placeholders: all, or some of '
+                                f'{", ".join(anonymise.KINDS)}')
   max_bytes: int = option(0, "bytes of text to take of each domain's train split; 0: all")
 
 
@@ -51,7 +59,7 @@ def prepare(input, out, config: PrepareConfig = PrepareConfig(), say=print) -> s
 
   Args:
     input: a folder (see documents.LAYOUT), or 'local_text': text that lies on this machine, written
-      beside the store.
+      beside the store. With config.corpus: the folder that its relative paths start from, or ''.
     out: folder of the store; a store that is there is replaced if anything it depends on changed.
     config: see PrepareConfig.
     say: told, in whole lines, what was made and what is odd about it.
@@ -68,23 +76,21 @@ def prepare(input, out, config: PrepareConfig = PrepareConfig(), say=print) -> s
   Building.recover(out)
   if str(input) == LOCAL_TEXT:
     input, config = _local_text(out, config)
-  input = Path(input)
-  folders = documents.find(input, config.domains)
-  names = [f.name for f in folders]
+  domains = _corpus(input, config) if config.corpus else _folders(Path(input), out, config)
   for name in config.novel:
-    if name not in names:
-      raise BadInput(f'config.novel: no domain {name!r}{settings.nearest(name, names)}')
-  if input.resolve() == out or input.resolve() in out.parents or out in input.resolve().parents:
-    raise BadInput(f'--out={out}: one of it and --input={input} lies in the other: keep the store '
-                   'beside the corpus')
+    if name not in domains:
+      raise BadInput(f'config.novel: no domain {name!r}{settings.nearest(name, domains)}')
   described = _described(config)
   present = _present(out)
   with contextlib.ExitStack() as stack:
     building = None
     if present is None or present.card.get('config') != described:
       building = stack.enter_context(Building(out))  # says now if nothing can be written there
-    sources, inputs = _sources(folders, made, config)
+    sources, inputs = _sources(domains, made, config, str(input))
     if building is None and present.card['inputs'] == inputs:
+      if _compare(present, present.card):
+        with contextlib.suppress(OSError):  # a store that cannot be written stays as it is
+          write_atomic(out / store.CARD, orjson.dumps(present.card, option=orjson.OPT_INDENT_2))
       say(f'{out}: nothing to do, it is the store of these inputs and settings '
           f'(fingerprint {present.fingerprint})')
       return present
@@ -94,6 +100,7 @@ def prepare(input, out, config: PrepareConfig = PrepareConfig(), say=print) -> s
     card = _fill(building.path, sources, made, config, notes.append)
     card |= {'inputs': inputs, 'config': described, 'fingerprint': store.card_fingerprint(card)}
     _unchanged(sources)
+    _compare(store.TokenStore(building.path, card, made.meta(), made.token_bytes_V), card)
     building.publish(store.CARD, orjson.dumps(card, option=orjson.OPT_INDENT_2))
   say('\n'.join([card_text(card), *notes]))
   say(f'\n{out}: a token store of {made.vocab_size} ids, fingerprint {card["fingerprint"]}')
@@ -110,12 +117,21 @@ def _check(config):
     value = getattr(config, key)
     if not low <= value <= high:
       raise BadInput(f'config.{key}: {value} is not from {low} to {high}')
+  anonymise.check(config.anonymise)
   path, kind = config.tokenizer_path, config.tokenizer
   if kind in ('json', 'sentencepiece') and not path:
     raise BadInput(f'config.tokenizer_path: missing, but tokenizer {kind!r} is a file: name it')
   if kind in ('bytes', 'bpe') and path:
     raise BadInput(f'config.tokenizer_path: {path!r}, but tokenizer {kind!r} has no file: set '
                    '--config.tokenizer=json or sentencepiece, or leave it out')
+
+
+def _compare(opened, card) -> bool:
+  """Adds to the card what splits and domains have in common; False where it is there already."""
+  if 'leakage' in card:
+    return False
+  card |= {'leakage': leakage.leakage(opened), 'vocabulary': vocabulary.vocabulary(opened)}
+  return True
 
 
 def _existing_tokenizer(config):
@@ -145,6 +161,11 @@ def _local_text(out, config):
 def _described(config):
   """The settings as a card has them; of a path only the name, so that a card names no machine."""
   described = settings.to_dict(config) | {'tokenizer_path': Path(config.tokenizer_path).name}
+  if not config.anonymise:  # as cards were before there was such a thing
+    del described['anonymise']
+  if not described.pop('corpus'):  # as cards were before there was anything but folders
+    return orjson.loads(orjson.dumps(described))
+  described['corpus'] = corpus.described(config.corpus)
   return orjson.loads(orjson.dumps(described))
 
 
@@ -156,11 +177,34 @@ def _present(out):
     return None
 
 
-def _sources(folders, made, config):
-  """([Source], {relative path: digest}) of the corpus; the tokenizer's file is an input too."""
-  total = sum(p.stat().st_size for f in folders for p in f.iterdir() if p.is_file())
+def _folders(input, out, config):
+  """{domain: its folder}, one that `out` is apart from."""
+  folders = {f.name: f for f in documents.find(input, config.domains)}
+  if input.resolve() == out or input.resolve() in out.parents or out in input.resolve().parents:
+    raise BadInput(f'--out={out}: one of it and --input={input} lies in the other: keep the store '
+                   'beside the corpus')
+  return folders
+
+
+def _corpus(input, config):
+  """{domain: its entries}."""
+  if input and not Path(input).is_dir():
+    raise BadInput(f'--input={input}: no such folder: with config.corpus it is where relative '
+                   'paths start')
+  return corpus.entries(config.corpus, config.domains)
+
+
+def _sources(domains, made, config, root=''):
+  """([source of each domain], {relative path: digest}); the tokenizer's file is an input too."""
+  if config.corpus:
+    opened = {n: corpus.open_domain(n, several, root, made) for n, several in domains.items()}
+    total = sum(map(corpus.size, opened.values()))
+    read = lambda name, progress: corpus.read(name, domains[name], opened[name], progress)
+  else:
+    total = sum(p.stat().st_size for f in domains.values() for p in f.iterdir() if p.is_file())
+    read = lambda name, progress: documents.source(domains[name], progress)
   with _Bytes(total, 'reading') as progress:
-    sources = [documents.source(f, progress) for f in folders]
+    sources = [read(name, progress) for name in domains]
   inputs = {k: v for s in sources for k, v in s.digests.items()}
   if config.tokenizer_path:  # no domain is called so
     inputs[f'tokenizer/{Path(config.tokenizer_path).name}'] = made.fingerprint
@@ -208,7 +252,7 @@ def _sample(source, share, config, progress):
   heap, total, bound = [], 0, 1 << 64
   cut = min(share, _SAMPLE_DOCUMENT)
   reader = _reader(config, progress)
-  for _, data in reader.texts(source.splits['train']):
+  for _, data in _anonymised(reader.documents(source.splits['train']), config.anonymise, {}):
     key = xxhash.xxh3_64_intdigest(data)
     if key >= bound:
       continue
@@ -225,6 +269,19 @@ def _reader(config, progress):
   return documents.Reader(config.max_record_bytes, config.on_bad_record == 'skip', progress)
 
 
+def _anonymised(read, kinds, counts):
+  """Documents as they are without `kinds`; else with placeholders, counted in `counts`."""
+  for document, data in read:
+    if kinds:
+      if document.ids:
+        raise BadInput(f'config.anonymise={",".join(kinds)} with a source of tokens: it is done '
+                       'before tokens are made; leave one of them out')
+      prompt, *rest = (anonymise.replace(t, kinds, counts) for t in _spoken(document))
+      document = Document(prompt + ''.join(rest), prompt if rest else '')
+      data = document.text.encode()
+    yield document, data
+
+
 def _fill(folder, sources, made, config, say):
   """Writes tokens, documents and the tokenizer into `folder`; returns what the card says of it."""
   made.save(folder / 'tokenizer')
@@ -237,9 +294,10 @@ def _fill(folder, sources, made, config, say):
         name = f'{source.name}/{split}'
         hashes[name] = folder / 'hashes' / f'{len(hashes)}'
         limit = config.max_bytes if split == 'train' else 0
-        entries[split] = _Split(folder / name, hashes[name], made).write(
+        entries[split] = _Split(folder / name, hashes[name], made, config.anonymise).write(
             name, files, _reader(config, progress), limit, say)
       domains[source.name] = {'role': 'novel' if source.name in config.novel else 'train',
+                              **{k: v for k in ('group', 'licence') if (v := getattr(source, k))},
                               'splits': entries}
       if missing := [s for s in documents.SPLITS if s not in entries]:
         say(f'warning: {source.name} has no {" and no ".join(missing)} split')
@@ -255,58 +313,80 @@ def _fill(folder, sources, made, config, say):
 
 
 class _Split:
-  """Writes tokens.bin and documents.npy of one split, and the digests of its documents."""
+  """Writes tokens.bin, documents.npy and, where documents have prompts, prompts.npy of one split;
+  and the digests of its documents."""
 
-  def __init__(self, folder, hashes, made):
+  def __init__(self, folder, hashes, made, anonymise=()):
     folder.mkdir(parents=True)
+    self._kinds = anonymise
     self._folder, self._hashes, self._tokenizer = folder, hashes, made
     self._dtype = store.token_dtype(made.vocab_size)
     self._tokens = self._documents = self._bytes = self._spelt = self._unknown = 0
+    self._prompted = 0
 
-  def write(self, name, files, reader, limit, say) -> dict:
-    """Writes the documents of `files` until `limit` bytes of text (0: all); returns the card's
+  def write(self, name, parts, reader, limit, say) -> dict:
+    """Writes the documents of `parts` until `limit` bytes of text (0: all); returns the card's
     entry."""
-    digests = xxhash.xxh3_128(), xxhash.xxh3_128()
+    digests, counts = (xxhash.xxh3_128(), xxhash.xxh3_128(), xxhash.xxh3_128()), {}
     with open(self._folder / 'tokens.bin', 'wb') as tokens, \
-        open(self._folder / 'documents.npy', 'wb') as table, open(self._hashes, 'wb') as hashes:
-      _header(table, 0)
-      start = table.tell()
-      for texts, data in _batches(reader.texts(files), limit):
-        ids, rows = self._encode(texts, [len(d) for d in data])
-        for file, array, digest in ((tokens, ids, digests[0]), (table, rows, digests[1])):
+        open(self._folder / 'documents.npy', 'wb') as table, \
+        open(self._folder / 'prompts.npy', 'wb') as prompts, open(self._hashes, 'wb') as hashes:
+      shapes = {table: ('<i8', (2,)), prompts: ('<i4', ())}
+      for file, about in shapes.items():
+        _header(file, 0, *about)
+      starts = {file: file.tell() for file in shapes}
+      found = _anonymised(reader.documents(parts), self._kinds, counts)
+      for batch, data in _batches(found, limit):
+        arrays = self._encode(batch, [len(d) for d in data])
+        for file, array, digest in zip((tokens, table, prompts), arrays, digests):
           file.write(array)
           digest.update(array)
         hashes.write(b''.join(map(xxhash.xxh3_128_digest, data)))
-      table.seek(0)
-      _header(table, self._documents)  # numpy leaves room for the count to grow
-      assert table.tell() == start
-      synced(tokens), synced(table)
+      for file, about in shapes.items():
+        file.seek(0)
+        _header(file, self._documents, *about)  # numpy leaves room for the count to grow
+        assert file.tell() == starts[file]
+      synced(tokens), synced(table), synced(prompts)
+    if not self._prompted:
+      (self._folder / 'prompts.npy').unlink()
     if not self._documents:
-      raise BadInput(f'{files[0]}: no document with text in {name} ({reader.empty} empty, '
+      raise BadInput(f'{parts[0]}: no document with text in {name} ({reader.empty} empty, '
                      f'{reader.bad} unreadable): add some, or remove the split')
     self._remark(name, reader, say)
-    return {'documents': self._documents, 'bytes': self._bytes, 'tokens': self._tokens,
-            'tokens_per_byte': self._tokens / self._bytes, 'skipped': reader.bad + reader.empty,
-            'tokens_digest': digests[0].hexdigest(), 'documents_digest': digests[1].hexdigest()}
+    entry = {'documents': self._documents, 'bytes': self._bytes, 'tokens': self._tokens,
+             'tokens_per_byte': self._tokens / self._bytes, 'skipped': reader.bad + reader.empty,
+             'tokens_digest': digests[0].hexdigest(), 'documents_digest': digests[1].hexdigest()}
+    if self._kinds:
+      entry['anonymised'] = counts
+    if self._prompted:
+      entry |= {'prompt_tokens': self._prompted, 'prompts_digest': digests[2].hexdigest()}
+    return entry
 
-  def _encode(self, texts, sizes):
-    made, parts = self._tokenizer, []
-    encoded = made.encode(texts)
-    for ids in encoded:
-      parts += [ids, [made.eod_id]]
+  def _encode(self, batch, sizes):
+    """(ids, rows of documents.npy, of prompts.npy) of documents."""
+    made, parts, ends, prompts = self._tokenizer, [], [], []
+    texts = [t for d in batch if not d.ids for t in _spoken(d)]
+    encoded = iter(made.encode(texts))
+    end = self._tokens
+    for document in batch:
+      ids = document.ids or [next(encoded) for _ in _spoken(document)]
+      prompts.append(len(ids[0]) if len(ids) > 1 else 0)
+      parts += [*ids, [made.eod_id]]
+      end += sum(map(len, ids)) + 1
+      ends.append(end)
     ids = np.concatenate(parts)
-    ends = np.cumsum([len(p) + 1 for p in encoded])
-    if np.count_nonzero(ids == made.eod_id) != len(texts):
+    if np.count_nonzero(ids == made.eod_id) != len(batch):
       raise BadInput(f'the tokenizer gives its end-of-document id {made.eod_id} for text: use '
                      'another tokenizer')
-    rows = np.stack([self._tokens + ends, sizes], axis=1).astype('<i8')
+    rows = np.stack([ends, sizes], axis=1).astype('<i8')
     self._tokens += len(ids)
-    self._documents += len(texts)
+    self._documents += len(batch)
     self._bytes += sum(sizes)
+    self._prompted += sum(prompts)
     self._spelt += int(made.token_bytes_V[ids].sum())
     if made.unknown_id is not None:
       self._unknown += int(np.count_nonzero(ids == made.unknown_id))
-    return ids.astype(self._dtype), rows
+    return ids.astype(self._dtype), rows, np.array(prompts, '<i4')
 
   def _remark(self, name, reader, say):
     if reader.bad:
@@ -321,16 +401,23 @@ class _Split:
           'bits per byte will be approximate')
 
 
-def _header(file, rows):
+def _spoken(document: Document):
+  """The texts that a document is encoded in: its prompt by itself, so that the border is one of
+  tokens and the prompt has the ids that it has when it stands alone."""
+  prompt = document.prompt
+  return (prompt, document.text[len(prompt):]) if prompt else (document.text,)
+
+
+def _header(file, rows, descr, shape):
   np.lib.format.write_array_header_1_0(
-      file, {'descr': '<i8', 'fortran_order': False, 'shape': (rows, 2)})
+      file, {'descr': descr, 'fortran_order': False, 'shape': (rows, *shape)})
 
 
-def _batches(texts, limit):
-  """Yields ([text], [its UTF-8]) of about _BATCH bytes, until `limit` bytes (0: no limit)."""
+def _batches(documents, limit):
+  """Yields ([document], [its UTF-8]) of about _BATCH bytes, until `limit` bytes (0: no limit)."""
   batch, held, total = ([], []), 0, 0
-  for text, data in texts:
-    batch[0].append(text)
+  for document, data in documents:
+    batch[0].append(document)
     batch[1].append(data)
     held, total = held + len(data), total + len(data)
     if held >= _BATCH or len(batch[0]) >= _BATCH_TEXTS:

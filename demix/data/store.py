@@ -28,7 +28,8 @@ def fingerprint(tokenizer: str, splits: dict) -> str:
 
   Args:
     tokenizer: the tokenizer's fingerprint: the same bytes under other ids are other data.
-    splits: {'domain/split' or 'split': (tokens_digest, documents_digest)}.
+    splits: {'domain/split' or 'split': (tokens_digest, documents_digest, and prompts_digest where
+      there are prompts)}.
   """
   parts = [[name, *digests] for name, digests in sorted(splits.items())]
   return xxhash.xxh3_128_hexdigest(orjson.dumps([tokenizer, parts]))
@@ -49,6 +50,7 @@ class TokenStore:
     card: card.json as a dict.
     domains: names, in the order of the store.
     roles: {domain: 'train' | 'novel'}.
+    groups: {group: its domains (leaves)}, in the order of the store.
     tokenizer_meta: tokenizer/meta.json as a dict.
     vocab_size, eod_id: of the tokenizer.
     token_bytes_V: int32 [V], bytes of text that an id stands for (end of document: 0).
@@ -60,13 +62,18 @@ class TokenStore:
     self.token_bytes_V = token_bytes_V
     self.domains = tuple(card['domains'])
     self.roles = {name: d['role'] for name, d in card['domains'].items()}
+    self.groups = groups_of(card)
     self.vocab_size, self.eod_id = meta['vocab_size'], meta['eod_id']
     self.fingerprint = card['fingerprint']
     self._dtype, self._maps = token_dtype(self.vocab_size), {}
 
   @classmethod
-  def open(cls, path) -> 'TokenStore':
+  def open(cls, path, domains=()) -> 'TokenStore':
     """Opens the store in the folder `path`; reads no tokens.
+
+    Args:
+      domains: those that will be read; files of others are not looked at. (), or with a name that
+        is none of its domains: all.
 
     Raises:
       BadInput: there is no finished store, its version is another, a file is missing or has
@@ -79,15 +86,20 @@ class TokenStore:
       raise BadInput(f'{path / "tokenizer"}: fingerprint {meta["fingerprint"]}, but {CARD} names '
                      f'{card["tokenizer"].get("fingerprint")}: {again(path)}')
     store = cls(path, card, meta, token_bytes_V)
-    for domain in store.domains:
+    known = domains and set(domains) <= set(store.domains)
+    for domain in domains if known else store.domains:
       for split, entry in card['domains'][domain]['splits'].items():
         folder = path / domain / split
         _check_size(folder / 'tokens.bin', entry['tokens'] * store._dtype.itemsize, path)
-        rows, header = _documents_header(folder / 'documents.npy', path)
-        if rows != entry['documents']:
-          raise BadInput(f'{folder / "documents.npy"}: {rows} documents, but {CARD} says '
-                         f'{entry["documents"]}: {again(path)}')
-        _check_size(folder / 'documents.npy', header + 16 * rows, path)
+        tables = {'documents.npy': (16, np.dtype('<i8'), (2,))}
+        if 'prompts_digest' in entry:
+          tables['prompts.npy'] = (4, np.dtype('<i4'), ())
+        for name, (size, dtype, shape) in tables.items():
+          rows, header = _table_header(folder / name, dtype, shape, path)
+          if rows != entry['documents']:
+            raise BadInput(f'{folder / name}: {rows} documents, but {CARD} says '
+                           f'{entry["documents"]}: {again(path)}')
+          _check_size(folder / name, header + size * rows, path)
     return store
 
   def __getstate__(self):
@@ -112,12 +124,32 @@ class TokenStore:
   def documents(self, domain: str, split: str) -> np.ndarray:
     """Read-only int64 [documents, 2]: offset just past the document's end-of-document token;
     bytes of its UTF-8 text. BadInput: no such domain or split."""
-    key = (domain, split, 'documents')
+    return self._table(domain, split, 'documents')
+
+  def prompts(self, domain: str, split: str) -> np.ndarray | None:
+    """Read-only int32 [documents]: tokens at the beginning of each document that are read and not
+    predicted; None where no document has any. BadInput: no such domain or split."""
+    if 'prompts_digest' not in self._entry(domain, split):
+      return None
+    return self._table(domain, split, 'prompts')
+
+  def _table(self, domain, split, name):
+    key = (domain, split, name)
     if key not in self._maps:
       self._entry(domain, split)
-      self._maps[key] = np.load(self.path / domain / split / 'documents.npy', mmap_mode='r',
+      self._maps[key] = np.load(self.path / domain / split / f'{name}.npy', mmap_mode='r',
                                 allow_pickle=False)
     return self._maps[key]
+
+  def leaves(self, names) -> tuple:
+    """`names` with each group in the place of its leaves. BadInput: a leaf is there twice, by
+    itself and in its group."""
+    found = [leaf for name in names for leaf in self.groups.get(name, (name,))]
+    for name in names:
+      for leaf in self.groups.get(name, ()):
+        if found.count(leaf) > 1:
+          raise BadInput(f'domain {leaf!r} is named twice: group {name!r} has it')
+    return tuple(found)
 
   def domain_fingerprint(self, domain: str) -> str:
     """xxh3-128 of one domain's content and the tokenizer; the domain's name does not enter."""
@@ -147,6 +179,7 @@ class TokenStore:
         _check_digest(folder / 'tokens.bin', digest.hexdigest(), entry['tokens_digest'], self.path)
         _check_digest(folder / 'documents.npy', digest_of(documents), entry['documents_digest'],
                       self.path)
+        self._verify_prompts(domain, split, entry)
         if top >= self.vocab_size:
           raise BadInput(f'{folder / "tokens.bin"}: id {top}, but the tokenizer has '
                          f'{self.vocab_size}: {again(self.path)}')
@@ -156,6 +189,16 @@ class TokenStore:
     if self.fingerprint != card_fingerprint(self.card):
       raise BadInput(f'{self.path / CARD}: fingerprint {self.fingerprint}, but its digests give '
                      f'{card_fingerprint(self.card)}: {again(self.path)}')
+
+  def _verify_prompts(self, domain, split, entry):
+    prompts = self.prompts(domain, split)
+    if prompts is None:
+      return
+    file = self.path / domain / split / 'prompts.npy'
+    _check_digest(file, digest_of(prompts), entry['prompts_digest'], self.path)
+    sizes = np.diff(self.documents(domain, split)[:, 0], prepend=0)
+    if prompts.min() < 0 or (prompts >= sizes).any():
+      raise BadInput(f'{file}: a prompt is longer than its document: {again(self.path)}')
 
   def _domain(self, domain):
     try:
@@ -190,6 +233,15 @@ def domain_fingerprint(card: dict, domain: str) -> str:
                      _digests('', card['domains'][domain]['splits']))
 
 
+def groups_of(card: dict) -> dict:
+  """{group: (its domains)} of a card."""
+  groups = {}
+  for name, domain in card['domains'].items():
+    if group := domain.get('group'):
+      groups.setdefault(group, []).append(name)
+  return {group: tuple(names) for group, names in groups.items()}
+
+
 def read_card(path: Path) -> dict:
   """card.json of the store in folder `path`. BadInput: missing, broken, or another version."""
   file = path / CARD
@@ -221,7 +273,8 @@ def _complete(card):
 
 
 def _digests(prefix, splits):
-  return {f'{prefix}{split}': (entry['tokens_digest'], entry['documents_digest'])
+  return {f'{prefix}{split}': tuple(entry[k] for k in (
+      'tokens_digest', 'documents_digest', 'prompts_digest') if k in entry)
           for split, entry in splits.items()}
 
 
@@ -239,15 +292,16 @@ def _check_digest(file, digest, expected, path):
     raise BadInput(f'{file}: digest {digest}, but {CARD} says {expected}: {again(path)}')
 
 
-def _documents_header(file, path):
-  """(rows, bytes of the header) of a documents.npy."""
+def _table_header(file, dtype, columns, path):
+  """(rows, bytes of the header) of an array of `dtype` [documents, *columns]."""
   try:
     with open(file, 'rb') as f:
       if np.lib.format.read_magic(f) != (1, 0):
         raise ValueError('not npy version 1.0')
-      shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
-      if len(shape) != 2 or shape[1] != 2 or fortran or dtype != np.dtype('<i8'):
-        raise ValueError(f'{dtype} {shape}, not int64 [documents, 2]')
+      shape, fortran, found = np.lib.format.read_array_header_1_0(f)
+      if shape[1:] != columns or not shape or fortran or found != dtype:
+        raise ValueError(f'{found} {shape}, not {dtype} '
+                         f'[{", ".join(map(str, ("documents", *columns)))}]')
       return shape[0], f.tell()
   except OSError:
     raise BadInput(f'{file}: missing, but {CARD} names it: {again(path)}') from None

@@ -5,6 +5,7 @@ Kinds: `bytes` (ids 0..255), `bpe` (byte-level BPE trained here), `json` (an exi
 and only when they are made.
 """
 
+import functools
 import re
 from pathlib import Path
 
@@ -79,6 +80,11 @@ class Tokenizer:
     a special token in a text is text."""
     raise NotImplementedError
 
+  def spelling(self, i: int) -> bytes:
+    """What an id adds to the UTF-8 of a text; blanks between words are part of it, and a character
+    may be spread over ids. Nothing for ids of no text."""
+    raise NotImplementedError
+
   def decode(self, ids) -> str:
     """The text of `ids`; ids of no text (end of document) add nothing, invalid UTF-8 becomes
     U+FFFD. BadInput: an id that is not in the vocabulary."""
@@ -86,10 +92,15 @@ class Tokenizer:
     if len(ids) and not (0 <= int(ids.min()) and int(ids.max()) < self.vocab_size):
       bad = next(int(i) for i in ids if not 0 <= i < self.vocab_size)
       raise BadInput(f'id {bad}: the tokenizer has ids 0 to {self.vocab_size - 1}')
-    return self._decode([int(i) for i in ids if i != self.eod_id])
+    return self._decode(ids[ids != self.eod_id].tolist())
 
   def _decode(self, ids):
     raise NotImplementedError
+
+  def spelling_V(self) -> list | None:
+    """What each id adds to a text, as bytes (end of document and other control ids: b''); None
+    where that depends on the ids around it, so that only `decode` knows."""
+    return None
 
 
 class ByteTokenizer(Tokenizer):
@@ -102,8 +113,14 @@ class ByteTokenizer(Tokenizer):
   def encode(self, texts):
     return [np.frombuffer(t.encode(), np.uint8).astype(np.int32) for t in texts]
 
+  def spelling(self, i):
+    return bytes([i]) if i < 256 else b''
+
   def _decode(self, ids):
     return bytes(ids).decode('utf-8', 'replace')
+
+  def spelling_V(self):
+    return [bytes([i]) for i in range(256)] + [b'']
 
 
 def read_meta(folder: Path):
@@ -205,8 +222,26 @@ class JsonTokenizer(Tokenizer):
     return np.array(self._engine.encode_batch_fast([text], add_special_tokens=False)[0].ids,
                     np.int32)
 
+  @functools.cached_property
+  def _spellings(self):
+    return _spellings(orjson.loads(self._model), self._engine)
+
+  def spelling(self, i):
+    return self._spellings.get(i, b'')
+
   def _decode(self, ids):
     return self._engine.decode(ids, skip_special_tokens=False)
+
+  def spelling_V(self):
+    if not _byte_level(orjson.loads(self._model)):
+      return None
+    out = [b''] * self.vocab_size
+    byte_of = _byte_alphabet()
+    for token, i in self._engine.get_vocab(with_added_tokens=False).items():
+      out[i] = bytes(byte_of[c] for c in token if c in byte_of)
+    for i, token in self._engine.get_added_tokens_decoder().items():
+      out[i] = b'' if token.special else token.content.encode()
+    return out
 
 
 class BpeTokenizer(JsonTokenizer):
@@ -269,8 +304,24 @@ class SentencePieceTokenizer(Tokenizer):
   def encode(self, texts):
     return [np.array(ids, np.int32) for ids in self._engine.encode(texts, out_type=int)]
 
+  def spelling(self, i):
+    if i >= self._engine.piece_size() or self._engine.is_control(i):
+      return b''
+    if self._engine.is_byte(i):
+      return bytes([int(self._engine.id_to_piece(i)[3:5], 16)])
+    return self._engine.id_to_piece(i).replace('\u2581', ' ').encode()
+
   def _decode(self, ids):
     return self._engine.decode(ids)
+
+  def spelling_V(self):
+    engine, out = self._engine, [b''] * self.vocab_size
+    for i in range(engine.piece_size()):
+      if engine.is_byte(i):
+        out[i] = bytes([int(engine.id_to_piece(i)[3:5], 16)])  # <0xE2>
+      elif not (engine.is_control(i) or engine.is_unknown(i) or engine.is_unused(i)):
+        out[i] = engine.id_to_piece(i).replace('\u2581', ' ').encode()
+    return out
 
 
 def _kind(name):
@@ -330,10 +381,21 @@ def _unknown_of(spec):
   return model['vocab'].get(model.get('unk_token')) if isinstance(model['vocab'], dict) else None
 
 
+def _byte_level(spec):
+  decoder = spec.get('decoder') or {}
+  return any(d.get('type') == 'ByteLevel' for d in decoder.get('decoders', [decoder]))
+
+
+def _byte_alphabet():
+  """{character: byte} of byte-level vocabularies: printable Latin-1 as it is, the rest from 256."""
+  plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  others = [b for b in range(256) if b not in plain]
+  return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
 def _token_bytes(spec, engine, size):
   """int32 [size]: see Tokenizer.token_bytes_V."""
-  model, decoder = spec['model'], spec.get('decoder') or {}
-  byte_level = any(d.get('type') == 'ByteLevel' for d in decoder.get('decoders', [decoder]))
+  model, byte_level = spec['model'], _byte_level(spec)
   out = np.zeros(size, np.int32)
   for token, i in engine.get_vocab(with_added_tokens=False).items():
     if byte_level:  # one character of the alphabet per byte
@@ -350,6 +412,34 @@ def _token_bytes(spec, engine, size):
   if (unknown := _unknown_of(spec)) is not None:
     out[unknown] = 0
   return out
+
+
+def _spellings(spec, engine):
+  """{id: see Tokenizer.spelling} of the ids that are text."""
+  model, decoder = spec['model'], spec.get('decoder') or {}
+  byte_level = any(d.get('type') == 'ByteLevel' for d in decoder.get('decoders', [decoder]))
+  inside, suffix = model.get('continuing_subword_prefix'), model.get('end_of_word_suffix')
+  out = {}
+  for token, i in engine.get_vocab(with_added_tokens=False).items():
+    if byte_level:
+      out[i] = bytes(_BYTES.get(c, 0x20) for c in token)
+    elif model.get('byte_fallback') and re.fullmatch(r'<0x[0-9A-F]{2}>', token):
+      out[i] = bytes([int(token[3:5], 16)])
+    else:
+      if model['type'] == 'WordPiece':
+        token = token.removeprefix(inside) if inside and token.startswith(inside) else ' ' + token
+      if suffix and token.endswith(suffix):
+        token = token.removesuffix(suffix) + ' '
+      out[i] = token.replace('\u2581', ' ').encode()
+  for token in spec.get('added_tokens', ()):
+    out[token['id']] = b'' if token['special'] else token['content'].encode()
+  return out
+
+
+# GPT-2's alphabet: the character that stands for each byte, the other way round.
+_SHOWN = [*range(0x21, 0x7f), *range(0xa1, 0xad), *range(0xae, 0x100)]
+_BYTES = {chr(b): b for b in _SHOWN} | {
+    chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in _SHOWN)}
 
 
 def _text_bytes(piece):

@@ -14,10 +14,11 @@ from demix.data.store import TokenStore
 from demix.errors import BadInput
 from demix.eval.perplexity import Part, Score
 from demix.mix import combine, prior
-from demix.mix.mixture import MixConfig, log_weights, mixed_logits, moving_prior
+from demix.mix.mixture import OF_CLUSTERS, MixConfig, log_weights, mixed_logits, moving_prior
 from demix.settings import nearest
 
 NAMES = ('given', 'best', 'average', 'uniform', 'updating', 'cached')
+CLUSTERS = 'clusters'  # not one of all: it needs a clusterer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +54,15 @@ def modes(names, posteriors, base: MixConfig) -> tuple[Mode, ...]:
   Raises:
     BadInput: no such mode or posterior, or options that do not go together.
   """
-  out = []
+  out, usual, whole = [], MixConfig(), base
+  base = dataclasses.replace(base, **{k: getattr(usual, k) for k in OF_CLUSTERS})
   for name in names:
+    if name == CLUSTERS:
+      out.append(Mode(name, dataclasses.replace(whole, prior='uniform', posterior=CLUSTERS)))
+      continue
     if name not in NAMES:
-      raise BadInput(f'--mix={name}: no such way of mixing{nearest(name, NAMES)}; or name a config '
-                     'file, configs/mix.py:ARG')
+      raise BadInput(f'--mix={name}: no such way of mixing{nearest(name, (*NAMES, CLUSTERS))}; or '
+                     'name a config file, configs/mix.py:ARG')
     if name in NAMES[:3]:
       out.append(Mode(name, dataclasses.replace(base, prior='none', posterior='none')))
       continue
@@ -69,9 +74,14 @@ def modes(names, posteriors, base: MixConfig) -> tuple[Mode, ...]:
 
 
 def options(config: MixConfig) -> dict:
-  """What of a config changes the weights, beside prior and posterior."""
+  """What of a config changes the weights of a cached prior, beside prior and posterior."""
   names = ('decay', 'window', 'temperature', 'weights_k', 'experts_k', 'order', 'renormalise')
   return {n: getattr(config, n) for n in names}
+
+
+def clustered(modes) -> MixConfig | None:
+  """The config of the first mode whose evidence is clusters, or None."""
+  return next((m.config for m in modes if m.config.posterior == CLUSTERS), None)
 
 
 @dataclasses.dataclass
@@ -110,7 +120,8 @@ def read(members, configs, params, routes_R, batch, full_B, priors, places, stat
     prior_kB = jnp.repeat(log_prior[:, None], loglik.shape[1], 1)
     if config.prior == 'updating':
       prior_kB, state = moving_prior(config, loglik, full_B, state)
-    weights = log_weights(config, loglik, prior_kB)
+    distances = batch['distances_RBL'][place] if 'distances_RBL' in batch else None
+    weights = log_weights(config, loglik, prior_kB, distances_EBL=distances)
     if config.combine == 'logits':
       logp = mixed_logits(members, params, routes_R[place], hidden_RBLD[place], weights,
                           batch['targets_BL'])
@@ -153,12 +164,16 @@ class Evaluation:
     dump: a Dump that takes the arrays, or None.
     pick: names of members → (members, params) with these and perhaps others: what is read from disk
       only when it is needed.
+    clusterer: for modes whose evidence is clusters: a data.clusterer.Clusterer whose centres are
+      those of the members.
   """
 
   def __init__(self, members, params, digests, store: TokenStore, modes, *, length: int,
-               batch_size: int = 32, stored=None, dump=None, pick=None):
+               batch_size: int = 32, stored=None, dump=None, pick=None, clusterer=None):
     self.dump, self.pick = dump, pick or (lambda names: (members, params))
-    self.members, self.digests = members, digests
+    self.members, self.digests, self.clusterer = members, digests, clusterer
+    if clusterer:
+      self._tokenizer, self._seen = store.tokenizer(), clustered(modes).kernel_tokens
     self.store, self.modes, self.length = store, modes, length
     self.names, self.stored = members.names, stored or {}
     base = modes[0].config
@@ -175,8 +190,9 @@ class Evaluation:
     group = base.blocks_per_update
     self.batch_size = -(-batch_size // group) * group
     # The program knows nothing of what arrays say.
-    self.static = tuple(dataclasses.replace(m.config, members=(), weights={}, experts_k=0, prior=(
-        m.config.prior if m.config.prior in ('none', 'updating') else 'uniform')) for m in modes)
+    self.static = tuple(dataclasses.replace(
+        m.config, members=(), weights={}, experts_k=0, clusterer='', prior=m.config.prior if (
+            m.config.prior in ('none', 'updating')) else 'uniform') for m in modes)
 
   def _read(self, routes):
     """Members, parameters and places among them of the members `routes`."""
@@ -277,6 +293,10 @@ class Evaluation:
     for batch, used, full in batches(stream, count, self.length, self.batch_size, part.route):
       full[used:] = False
       arrays = {n: batch[n] for n in ('tokens_BL', 'targets_BL')}
+      if self.clusterer:
+        distances_EBL = self.clusterer.before_rows(self._tokenizer, batch['targets_BL'],
+                                                   self._seen)
+        arrays['distances_RBL'] = batch['distances_RBL'] = distances_EBL[routes]
       loglik, out = read(members, self.static, params, rows, arrays, full, log_priors, places,
                          states)
       states = [o[3] for o in out]
@@ -340,6 +360,8 @@ class Dump:
         'loglik_EBL': np.asarray(loglik_EBL)[:, :used], 'weights_EBL': np.exp(whole(log_w)),
         'log_prior_EB': whole(prior_kB), 'targets_BL': batch['targets_BL'][:used],
         'weights_BL': batch['weights_BL'][:used], 'domain_B': batch['domain_B'][:used]})
+    if 'distances_RBL' in batch:
+      self.parts[-1]['distances_EBL'] = batch['distances_RBL'][:, :used]
 
   def arrays(self) -> dict:
     """What is written. log_prior_E is the prior of the first row; log_prior_EB has each row's."""

@@ -6,6 +6,7 @@ import numpy as np
 
 from demix import reference, settings
 from demix.config import digest, domain_symbols
+from demix.data.leakage import flagged
 from demix.data.store import TokenStore
 from demix.errors import BadInput
 from demix.eval import mixing, perplexity, results
@@ -23,7 +24,7 @@ def evaluate(models: dict, *, data: str = '', domains=(), split: str = 'test', s
   Args:
     models: {run name: model reference}.
     data: token store; the first model's own if ''.
-    domains: names; () for all that have the split.
+    domains: names, of groups too; () for all that have the split.
     split, stride, limit, batch_size: see perplexity.evaluate.
     force: expert or <domain> symbol for domains that a model was not trained on; '' takes the one
       with the lowest NLL on the domain's valid text.
@@ -42,6 +43,7 @@ def evaluate(models: dict, *, data: str = '', domains=(), split: str = 'test', s
     raise BadInput(f'--stride={stride} --limit={limit} --batch_size={batch_size}: at least 0, 0, 1')
   loaded = {name: reference.load(ref) for name, ref in models.items()}
   store = TokenStore.open(data or next(iter(loaded.values())).config.data.path)
+  domains = store.leaves(domains)
   for name in domains:
     if split not in store.splits(name):
       raise BadInput(f'{store.path}/{name} has no {split} text')
@@ -69,7 +71,20 @@ def evaluate(models: dict, *, data: str = '', domains=(), split: str = 'test', s
       rows += rows_of(name, one, store, domains, split, stride, limit, batch_size, force)
   heldout = [d for d in domains if d not in seen]
   seed = next(iter(loaded.values())).config.seed
-  return results.results(runs, rows, seed=seed, heldout=heldout, mixing=mixtures)
+  return results.results(runs, rows, seed=seed, heldout=heldout, mixing=mixtures,
+                         leakage=leaks(loaded, store, domains, split), groups=store.groups)
+
+
+def leaks(loaded: dict, store, domains, split: str) -> list[dict]:
+  """Which evaluated text stands in text that a run was trained on, as results.json names it.
+
+  The card knows the store's own train text: a run's domain counts where the store has one of its
+  name.
+  """
+  return [{'run': name, 'domain': e['evaluation'].partition('/')[0],
+           'train': e['train'].partition('/')[0], 'runs': e['runs'], 'documents': e['documents']}
+          for name, one in loaded.items()
+          for e in flagged(store.card, one.domains, domains, split)]
 
 
 def check_tokenizer(name, loaded, store):
@@ -140,10 +155,12 @@ def mixed_rows(name, loaded, store, domains, split, modes, stride, limit, batch_
   def pick(names):
     part = loaded.take(names)
     return part.members, part.params
+  near = mixing.clustered(modes)
+  clusterer = loaded.clusterer(near.clusterer) if near else None
   evaluation = mixing.Evaluation(
       loaded.members, None, loaded.member_digests, store, modes, batch_size=batch_size,
       length=loaded.config.data.sequence_length, stored=stored, dump=taking,
-      pick=lambda names: pick(tuple(names)))
+      pick=lambda names: pick(tuple(names)), clusterer=clusterer)
   parts = [perplexity.Part(d, split, i) for i, d in enumerate(domains)]
   total = perplexity.windows(store, parts, loaded.config.data.sequence_length, stride, limit)
   rows, priors, weights, done = [], [], {}, 0
@@ -169,7 +186,7 @@ def mixed_rows(name, loaded, store, domains, split, modes, stride, limit, batch_
       np.savez(f, **taking.arrays())
   order = {mode: i for i, mode in enumerate(dict.fromkeys((m.prior, m.posterior) for m in modes))}
   rows.sort(key=lambda r: order[r['prior'], r['posterior']])
-  one, usual = settings.flatten(modes[0].config), settings.flatten(MixConfig())
+  one, usual = settings.flatten(near or modes[0].config), settings.flatten(MixConfig())
   unusual = {k: v for k, v in one.items() if v != usual[k] and k not in ('prior', 'posterior')}
   return rows, {'options': one, 'unusual': unusual, 'mean_weights': weights,
                 'priors': [prior.entry(p) for p in priors]}

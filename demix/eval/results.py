@@ -20,8 +20,11 @@ def row(run: str, mix: str, domain: str, split: str, score, prior=None, posterio
           'bits_per_byte': score.bits_per_byte, 'tokens': score.tokens, 'bytes': score.bytes}
 
 
-def results(runs: dict, rows: list, *, seed: int, heldout, mixing: dict | None = None) -> dict:
-  """The whole of results.json; `mixing` ({run: options, priors, weights}) where runs were mixed."""
+def results(runs: dict, rows: list, *, seed: int, heldout, mixing: dict | None = None,
+            leakage=(), groups: dict | None = None) -> dict:
+  """The whole of results.json; `mixing` ({run: options, priors, weights}) where runs were mixed,
+  `leakage` ([{run, domain, train, runs, documents}]) where evaluation text stands in train text,
+  `groups` ({group: leaves}) where domains have parents."""
   import flax
   import grain
   import jax
@@ -32,7 +35,35 @@ def results(runs: dict, rows: list, *, seed: int, heldout, mixing: dict | None =
               'flax': flax.__version__, 'optax': optax.__version__,
               'grain': getattr(grain, '__version__', 'unknown')}
   return {'version': VERSION, 'runs': runs, 'rows': rows, 'seed': seed, 'heldout': list(heldout),
-          'versions': versions} | ({'mixing': mixing} if mixing else {})
+          'versions': versions} | ({'mixing': mixing} if mixing else {}) | (
+              {'leakage': list(leakage)} if leakage else {}) | (
+              {'groups': summed} if (summed := group_rows(rows, groups or {})) else {})
+
+
+def group_rows(rows: list, groups: dict) -> list:
+  """A row for each group, run and way of mixing whose leaves were all scored: tokens and bytes add
+  up, and so do nats (`nll` is their sum over the tokens)."""
+  columns, out = {}, []
+  for row in rows:
+    columns.setdefault((row['run'], column(row)), {})[row['domain']] = row
+  for group, leaves in groups.items():
+    for cells in columns.values():
+      if not set(leaves) <= cells.keys():
+        continue
+      found = [cells[leaf] for leaf in leaves]
+      tokens, size = (sum(r[k] for r in found) for k in ('tokens', 'bytes'))
+      nats = math.fsum(r['nll'] * r['tokens'] for r in found)
+      out.append({k: found[0][k] for k in ('run', 'prior', 'posterior', 'split')} | {
+          'mix': _joint_mix([r['mix'] for r in found]),
+          'domain': group, 'leaves': list(leaves), 'nll': nats / max(1, tokens),
+          'perplexity': math.exp(min(nats / max(1, tokens), 700.0)),
+          'bits_per_byte': nats / math.log(2) / max(1, size), 'tokens': tokens, 'bytes': size})
+  return out
+
+
+def _joint_mix(mixes):
+  """'expert:given' where each leaf has its own expert."""
+  return mixes[0] if len(set(mixes)) == 1 else f'{mixes[0].partition(":")[0]}:given'
 
 
 def write(path, content: dict):
@@ -57,12 +88,14 @@ def table(content: dict, measure: str = 'perplexity') -> str:
   the sign count.
 
   Means are over the domains that are not held out; the first column is what signs are counted
-  against (a win is a lower value). A held-out domain stands below, outside the means.
+  against (a win is a lower value). A held-out domain stands below, outside the means, and so do
+  groups, the sums of their leaves.
   """
   rows, heldout = content['rows'], content['heldout']
   columns = list(dict.fromkeys(map(column, rows)))
   columns.sort(key=lambda c: list(content['runs']).index(c[0]))
-  cell = {(r['domain'], column(r)): r for r in rows}
+  groups = content.get('groups', [])
+  cell = {(r['domain'], column(r)): r for r in rows + groups}
   domains = list(dict.fromkeys(r['domain'] for r in rows))
   seen = [d for d in domains if d not in heldout]
   mixed = any(r.get('prior') for r in rows)
@@ -75,8 +108,12 @@ def table(content: dict, measure: str = 'perplexity') -> str:
   def values(col, names):
     return [cell[d, col][measure] for d in names if (d, col) in cell]
 
+  leaks = {}
+  for e in content.get('leakage', ()):
+    leaks.setdefault(e['domain'], {})[e['train']] = e['runs']
+
   def show(domain):
-    out = [domain + (' (held out)' if domain in heldout else '')]
+    out = [domain + ('*' if domain in leaks else '') + (' (held out)' if domain in heldout else '')]
     for col in columns:
       found = cell.get((domain, col))
       out.append(f'{found[measure]:.3f}{note(found)}' if found else '-')
@@ -84,7 +121,7 @@ def table(content: dict, measure: str = 'perplexity') -> str:
 
   def note(row):
     given = row['mix'].partition(':')[2]  # expert:legal, token:legal
-    if not given or given == row['domain']:
+    if not given or given == row['domain'] or 'leaves' in row:
       return ''
     if not mixed:
       return f' [{given}]'
@@ -106,6 +143,11 @@ def table(content: dict, measure: str = 'perplexity') -> str:
   if len(columns) > 1:
     lines.append(signs)
   lines += [show(d) for d in domains if d in heldout]
+  lines += [[f'group {line[0]}', *line[1:]] for g in dict.fromkeys(r['domain'] for r in groups)
+            if (line := show(g))]
+  for domain, trains in leaks.items():
+    most = ', '.join(f'{x:.1%} in {t}' for t, x in sorted(trains.items(), key=lambda i: -i[1])[:3])
+    notes.append(f'* {domain}: of its runs of 13 words stand in text trained on: {most}')
   for run, entry in content['runs'].items():
     notes += [f'{run}: expert {e} did not beat its parent when it was added (or was not compared)'
               for e in entry.get('unearned', ())]

@@ -101,6 +101,8 @@ class Attention(nnx.Module):
   def __call__(self, x_BLD, positions_BL, bias, remember=None):
     """x [B, L, D], positions int [B or 1, L], bias from `mask_bias` → [B, L, D].
 
+    In place of a bias, a kernel that `fused_attention.choose` returned.
+
     `remember`, for generation, takes the keys and values of x, [B, kv_heads, L, K], and returns
     those to attend to, [B, kv_heads, C, K]; bias is then [L, C].
     """
@@ -115,11 +117,15 @@ class Attention(nnx.Module):
       q = rotate(q, positions_BL, c.rope_theta, c.rope_scale)
       k = rotate(k, positions_BL, c.rope_theta, c.rope_scale)
     with jax.named_scope('attend'):
-      q = q.reshape(B, kv_heads, c.heads // kv_heads * L, K) * K ** -0.5
+      q = q * K ** -0.5
       if remember:
         k, v = remember(k, v)
         bias = jnp.tile(bias, (c.heads // kv_heads, 1))
-      y = attend(q, k, v, bias).reshape(B, c.heads, L, K)
+      if callable(bias):
+        y = bias(q, k, v)
+      else:
+        q = q.reshape(B, kv_heads, c.heads // kv_heads * L, K)
+        y = attend(q, k, v, bias).reshape(B, c.heads, L, K)
     return self._linear(y.transpose(0, 2, 1, 3).reshape(B * L, -1), 'out').reshape(B, L, D)
 
   def _linear(self, x, name):

@@ -39,22 +39,24 @@ def weights(config, rngs: nnx.Rngs) -> dict:
   return leaves
 
 
-def forward(leaves: dict, x, activation: str):
+def forward(leaves: dict, x, activation: str, product=None):
   """Applies a feed-forward layer, or a batch of them.
 
   Args:
     leaves: as `weights` makes them, each with the same leading axes G (none for one layer).
     x: [G, ..., L, D] tokens; every axis of G has its own weights.
     activation: a key of ACTIVATIONS.
+    product: (x, name of a kernel) → its product, bias added, where it is no matmul over G.
 
   Returns:
     The shape and dtype of x.
   """
   act = ACTIVATIONS[activation]
-  def product(x, name):
+  def matmul(x, name):
     y = x @ leaves[name].astype(x.dtype)
     bias = leaves.get(f'{name}_bias')
     return y if bias is None else y + jnp.expand_dims(bias, -2).astype(x.dtype)
+  product = product or matmul
   h = product(x, 'up')
   h = act(product(x, 'gate')) * h if 'gate' in leaves else act(h)
   return product(h, 'down')

@@ -42,7 +42,7 @@ def write_plan(folder, content: dict, data: str, where: str) -> list[str]:
   plan.check(content, where, there)
   store = TokenStore.open(data)
   for name, branch in content['experts'].items():
-    for domain in branch['domains']:
+    for domain in store.leaves(branch['domains']):
       if domain not in store.domains:
         raise BadInput(f'{where}: expert {name} wants domain {domain!r}, {data} has no such domain'
                        f'{nearest(domain, store.domains)}')

@@ -256,7 +256,7 @@ def measure(saved: Saved, origin: list, data: str, limit: int) -> dict | None:
   path = data or saved.config.data.path
   if not origin or (not data and not Path(path).is_dir()):
     return None
-  store = TokenStore.open(path)
+  store = TokenStore.open(path, saved.meta['domains'])
   parts = [perplexity.Part(d, 'valid') for d in saved.meta['domains']
            if d in store.domains and 'valid' in store.splits(d)]
   if store.tokenizer_meta['fingerprint'] != saved.meta['tokenizer']:

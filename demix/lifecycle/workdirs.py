@@ -15,6 +15,7 @@ import orjson
 
 from demix import checkpoint, reference, settings, tree
 from demix.config import Config, digest, identity_of, joint_fingerprint
+from demix.data import schedule
 from demix.data.store import card_fingerprint, domain_fingerprint, read_card
 from demix.errors import BadInput
 from demix.workdir import fsync_directory, save_config, write_atomic
@@ -113,9 +114,12 @@ def with_domains(config: Config, domains: tuple) -> Config:
   mean = sum(known.values()) / max(1, len(known))
   weights = {d: known.get(d, mean) for d in domains} if data.weights else {}
   experts = domains if config.model.ffn == 'demix' else ()
+  stages = schedule.only(data.schedule, domains)
   return dataclasses.replace(
       config, model=dataclasses.replace(config.model, experts=experts),
-      data=dataclasses.replace(data, domains=domains, batch_size=rows, weights=weights))
+      data=dataclasses.replace(data, domains=domains, batch_size=rows, weights=weights,
+                               schedule=stages,
+                               schedule_kind=data.schedule_kind if stages else 'piecewise'))
 
 
 def with_entry(card: dict, name: str, other: dict, domain: str) -> dict:

@@ -2,7 +2,8 @@
 
 prefix: Σ_{s<t} log p_e(y_s), the whole text so far (the papers' posterior). last_token: the
 likelihood of the one token before (what the released code computes). none: nothing. Between them
-lie a window of the last w tokens and a decay γ of older ones.
+lie a window of the last w tokens and a decay γ of older ones. clusters: how near the text so far is
+to the cluster that a member was trained on (c-BTM); no member need be run to know it.
 
 No evidence at position t depends on the token that t predicts, or on later ones. It restarts with
 each row, and with each segment where rows hold several.
@@ -11,7 +12,8 @@ each row, and with each segment where rows hold several.
 import jax
 import jax.numpy as jnp
 
-POSTERIORS = ('prefix', 'last_token', 'none')
+POSTERIORS = ('prefix', 'last_token', 'clusters', 'none')
+KERNELS = ('d2', 'd4')
 
 
 def relative(loglik):
@@ -62,6 +64,18 @@ def preceding(loglik_EBL, *, decay: float = 1.0, window: int = 0, segments_BL=No
   old = jnp.pad(sums, ((0, 0), (0, 0), (window, 0)))[..., :L] * decay ** window
   since = jnp.arange(L) - jax.lax.cummax(jnp.where(first, jnp.arange(L), 0), axis=1)
   return jnp.where(since >= window, sums - old, sums)
+
+
+def clusters(distances_EBL, *, kernel: str = 'd2', temperature: float = 0.1):
+  """-d²/T or -d⁴/T, so that a softmax gives the weights of c-BTM (Gururangan et al. 2023, §2.3).
+
+  Args:
+    distances_EBL: squared distances from what precedes each target to each member's centre.
+    kernel: d2 as the paper has it; d4 as released, where the square is squared again.
+    temperature: T.
+  """
+  power = distances_EBL if kernel == 'd2' else distances_EBL ** 2
+  return -power / temperature
 
 
 def following(loglik_KC, length, *, decay: float = 1.0, window: int = 0):

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from demix import loss
-from demix.layers.attention import mask_bias
 from demix.params import Model
 
 
@@ -54,7 +53,8 @@ class ExpertMembers:
     """`what(hidden [B, L, D])` of the members `routes_K` (int indices), stacked on an axis K."""
     L = tokens_BL.shape[1]
     positions = np.arange(L)[None] if positions_BL is None else positions_BL
-    bias, one = mask_bias(L, segments_BL), self.model.bind(params)
+    one = self.model.bind(params)
+    bias = one.bias(tokens_BL.shape, segments_BL)
     x = one.stem(tokens_BL, positions, bias)
     # One after the other: what is kept of each is small, and the machine is full with one.
     return jax.lax.map(lambda route: what(one.branch(x, route, positions, bias)[0]), routes_K)

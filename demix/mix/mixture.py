@@ -15,6 +15,7 @@ from demix.errors import BadInput
 from demix.mix import combine, evidence, gate, prior
 from demix.settings import nearest, option
 
+OF_CLUSTERS = ('clusterer', 'kernel', 'kernel_temperature', 'kernel_tokens')
 PRIORS = ('none', 'uniform', 'updating', 'cached', 'fixed')
 
 
@@ -23,12 +24,19 @@ class MixConfig:
   """How members are mixed."""
   prior: str = option('uniform', 'none (simple average, whatever the text), uniform, updating '
                       '(moves with the blocks read), cached (estimated on dev text) or fixed')
-  posterior: str = option('prefix', 'evidence: prefix (the papers), last_token (as released) or '
-                          'none (the prior is the weights)')
+  posterior: str = option('prefix', 'evidence: prefix (the papers), last_token (as released), '
+                          'clusters (c-BTM) or none (the prior is the weights)')
   members: tuple = option((), 'experts that take part; (): all')
   weights: dict = option({}, 'prior=fixed: weight of each expert, --mix.weights.NAME=0.5')
   window: int = option(0, 'prefix: evidence of the last so many tokens only; 0: all')
   decay: float = option(1.0, 'prefix: older evidence fades by this factor a token')
+  clusterer: str = option('', 'clusters: a token store that prepare --discover made; that of the '
+                          'models by default')
+  kernel: str = option('d2', 'clusters: d2, exp(-d²/T) as c-BTM is written, or d4, exp(-d⁴/T) as '
+                       'released')
+  kernel_temperature: float = option(0.1, 'clusters: T of the kernel')
+  kernel_tokens: int = option(0, 'clusters: only the first so many tokens of a block count, then '
+                              'the weights stay; 0: all before each token')
   temperature: float = option(1.0, 'gate: log prior + evidence are divided by it')
   experts_k: int = option(0, 'experts that are run: the largest of a fixed or cached prior, or, in '
                           'generation, of the posterior after the prompt; 0: all')
@@ -43,13 +51,13 @@ class MixConfig:
   def check(self):
     """Raises BadInput for values that cannot be."""
     choices = {'prior': PRIORS, 'posterior': evidence.POSTERIORS, 'order': gate.ORDERS,
-               'combine': combine.KINDS}
+               'combine': combine.KINDS, 'kernel': evidence.KERNELS}
     for name, known in choices.items():
       value = getattr(self, name)
       if value not in known:
         raise BadInput(f'mix.{name}={value!r}: no such choice{nearest(str(value), known)}')
     for name, low in (('window', 0), ('experts_k', 0), ('weights_k', 0), ('blocks', 1),
-                      ('blocks_per_update', 1)):
+                      ('blocks_per_update', 1), ('kernel_tokens', 0)):
       if getattr(self, name) < low:
         raise BadInput(f'mix.{name}={getattr(self, name)} is below {low}')
     if not 0 < self.decay <= 1 or not 0 < self.alpha <= 1:
@@ -57,9 +65,19 @@ class MixConfig:
     if not self.temperature > 0:
       raise BadInput(f'mix.temperature={self.temperature} is not above 0: pick the best member '
                      'with mix.combine=pick')
-    if self.posterior == 'last_token' and (self.window or self.decay != 1):
-      raise BadInput(f'mix.posterior=last_token with window={self.window}, decay={self.decay}: '
-                     'these are options of prefix')
+    if not self.kernel_temperature > 0:
+      raise BadInput(f'mix.kernel_temperature={self.kernel_temperature} is not above 0: the '
+                     'nearest cluster alone is mix.weights_k=1')
+    if self.posterior in ('last_token', 'clusters') and (self.window or self.decay != 1):
+      raise BadInput(f'mix.posterior={self.posterior} with window={self.window}, decay='
+                     f'{self.decay}: these are options of prefix')
+    changed = [k for k in OF_CLUSTERS if getattr(self, k) != getattr(type(self), k)]
+    if changed and self.posterior != 'clusters':
+      raise BadInput(f'mix.{changed[0]}={getattr(self, changed[0])} with mix.posterior='
+                     f'{self.posterior}: an option of clusters')
+    if self.posterior == 'clusters' and self.prior in ('none', 'updating', 'cached'):
+      raise BadInput(f'mix.prior={self.prior} with mix.posterior=clusters: a prior moves by '
+                     'likelihoods, clusters look at the words; choose uniform or fixed')
     if self.prior in ('updating', 'cached') and self.posterior == 'none':
       raise BadInput(f'mix.prior={self.prior} with mix.posterior=none: without evidence no prior '
                      'moves; choose prefix or last_token')
@@ -73,12 +91,13 @@ class MixConfig:
     return self.prior in ('fixed', 'cached')
 
 
-def log_weights(config: MixConfig, loglik_EBL, log_prior_EB, segments_BL=None):
+def log_weights(config: MixConfig, loglik_EBL, log_prior_EB, segments_BL=None,
+                distances_EBL=None):
   """Weights of members for each token, from what precedes it: log [E, B, L].
 
   p(D = e | x_<t) ∝ p(x_<t | e) p(e) (DEMix §5, BTM §2.2). With last_token the evidence is the one
   token before, and the first token of a block gets uniform weights whatever the prior, as in the
-  released code.
+  released code. With clusters it is distances_EBL, see evidence.clusters.
   """
   if config.prior == 'none':
     return jnp.full(loglik_EBL.shape, -np.log(loglik_EBL.shape[0]), jnp.float32)
@@ -90,10 +109,17 @@ def log_weights(config: MixConfig, loglik_EBL, log_prior_EB, segments_BL=None):
     first = evidence.starts(loglik_EBL.shape[1:], segments_BL)
     scores = jnp.where(first, 0.0, scores + evidence.preceding(
         loglik_EBL, window=1, segments_BL=segments_BL))
+  elif config.posterior == 'clusters':
+    scores = scores + near(config, distances_EBL)
   return gated(config, scores)
 
 
-def next_log_weights(config: MixConfig, loglik_KC, log_prior_K, length):
+def near(config: MixConfig, distances):
+  """Evidence of clusters, like `distances`."""
+  return evidence.clusters(distances, kernel=config.kernel, temperature=config.kernel_temperature)
+
+
+def next_log_weights(config: MixConfig, loglik_KC, log_prior_K, length, distances_K=None):
   """`log_weights` for the token after the first `length` of one text, [K], in time C."""
   K = loglik_KC.shape[0]
   if config.prior == 'none':
@@ -104,6 +130,8 @@ def next_log_weights(config: MixConfig, loglik_KC, log_prior_K, length):
                                          window=config.window)
   elif config.posterior == 'last_token':
     scores = jnp.where(length == 0, 0.0, scores + evidence.following(loglik_KC, length, window=1))
+  elif config.posterior == 'clusters':
+    scores = scores + near(config, distances_K)
   return gated(config, scores)
 
 
@@ -145,7 +173,7 @@ def scored(members, config: MixConfig, params, routes_K, batch, log_prior_KB, fu
   nll_KBL, hidden_KBLD = members.score(params, batch, routes_K, hidden=mixes_logits)
   if config.prior == 'updating':
     log_prior_KB, _ = moving_prior(config, -nll_KBL, full_B, (log_prior_KB[:, 0], jnp.int32(0)))
-  weights = log_weights(config, -nll_KBL, log_prior_KB, segments)
+  weights = log_weights(config, -nll_KBL, log_prior_KB, segments, batch.get('distances_KBL'))
   if mixes_logits:
     logp = mixed_logits(members, params, routes_K, hidden_KBLD, weights, batch['targets_BL'])
   else:
@@ -239,7 +267,8 @@ class Mixture:
 
     Args:
       batch: tokens_BL, targets_BL and, where rows hold several documents, segments_BL and
-        positions_BL.
+        positions_BL; with clusters distances_EBL: of what precedes each target, squared, to the
+        cluster of each of `members`.
       log_prior_KB: another prior for each row.
       full_B: rows that move an updating prior; None: all.
 
@@ -254,6 +283,8 @@ class Mixture:
       log_prior_KB = np.repeat(self.log_prior_K[:, None], rows, 1)
     used = {n: batch[n] for n in ('tokens_BL', 'targets_BL', 'segments_BL', 'positions_BL')
             if n in batch}
+    if self.config.posterior == 'clusters':
+      used['distances_KBL'] = np.asarray(batch['distances_EBL'], np.float32)[self.routes_K]
     full_B = np.ones(rows, bool) if full_B is None else full_B
     return scored(self.members, self.static, self.params, self.routes_K, used, log_prior_KB, full_B)
 
@@ -261,4 +292,4 @@ class Mixture:
   def static(self) -> MixConfig:
     """The config without what is in arrays: hashable, the same program for every prior."""
     kind = self.config.prior if self.config.prior in ('none', 'updating') else 'uniform'
-    return dataclasses.replace(self.config, members=(), weights={}, prior=kind)
+    return dataclasses.replace(self.config, members=(), weights={}, prior=kind, clusterer='')

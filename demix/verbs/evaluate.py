@@ -6,7 +6,7 @@ from pathlib import Path
 from demix.errors import BadInput
 from demix.verbs.flags import Verb
 
-WAYS = ('given', 'best', 'average', 'uniform', 'updating', 'cached')
+WAYS = ('given', 'best', 'average', 'uniform', 'updating', 'cached', 'clusters')
 
 SUMMARY = 'perplexity and bits per byte per domain, for one or more models'
 

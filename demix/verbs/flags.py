@@ -57,7 +57,8 @@ class Verb:
     self._help.append((f'--{name}.KEY=VALUE', 'override a key (dotted path); keys are below'))
 
   def parse(self, argv: list[str]):
-    """Returns (flags, config): `config` is an instance of the class given to `config` or None.
+    """Returns (flags, config): `config` is an instance of the class that was first given to
+    `config`, or None. `self.configs` has all, by name.
 
     Raises:
       Help: --help was given.
@@ -79,10 +80,9 @@ class Verb:
     if rest:
       raise BadInput(f'unexpected argument {rest[0]!r}: {self.name} takes flags only '
                      f'(python -m demix {self.name} --help)')
-    config = None
-    for name, cls in self._configs.items():
-      config = settings.from_dict(cls, getattr(self.flags, name).to_dict(), name)
-    return self.flags, config
+    self.configs = {name: settings.from_dict(cls, getattr(self.flags, name).to_dict(), name)
+                    for name, cls in self._configs.items()}
+    return self.flags, next(iter(self.configs.values()), None)
 
   def _define_config(self, argv, name, cls) -> list[str]:
     """Declares a config and its overrides; returns argv without --NAME=FILE."""

@@ -67,13 +67,16 @@ def _run(verb, argv):
   verb.string('only', '', 'comma-separated names: seed, or experts; all by default')
   verb.string('data', '', "token store; the plan's by default")
   verb.integer('limit', 0, LIMIT)
+  verb.boolean('together', 'experts whose parents are there are trained side by side in this '
+               'process (train.lift says how)')
   verb.boolean('require_gain', 'exit 3 and do not register an expert that is no better than its '
                'parent')
   given, _ = verb.parse(argv)
   names = tuple(n.strip() for n in given.only.split(',') if n.strip())
   folder, limit = _forest(given), _limit(given)
   from demix.grow import grow
-  grow(folder, only=names, data=given.data, require_gain=given.require_gain, limit=limit)
+  grow(folder, only=names, data=given.data, together=given.together,
+       require_gain=given.require_gain, limit=limit)
 
 
 def _status(verb, argv):

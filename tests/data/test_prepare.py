@@ -251,12 +251,12 @@ def test_a_damaged_store_is_made_again(tmp_path):
 def test_a_corpus_that_changes_meanwhile_is_refused(tmp_path, monkeypatch):
   small(tmp_path / 'in')
   from demix.data import documents
-  texts = documents.Reader.texts
+  read = documents.Reader.documents
 
-  def changing(self, files):
-    yield from texts(self, files)
+  def changing(self, parts):
+    yield from read(self, parts)
     write(tmp_path / 'in', {'law': {'train': ['another text']}})
-  monkeypatch.setattr(documents.Reader, 'texts', changing)
+  monkeypatch.setattr(documents.Reader, 'documents', changing)
   with pytest.raises(BadInput, match=r'in/law/train\.jsonl: it changed while it was read'):
     prepare(tmp_path / 'in', tmp_path / 'out', BYTES, QUIET)
   assert [p.name for p in tmp_path.iterdir()] == ['in']

@@ -266,3 +266,22 @@ def test_encode_keeps_the_order_of_texts(any_kind):
   texts = [document(i) for i in range(50)]
   for text, ids in zip(texts, any_kind.encode(texts), strict=True):
     assert ids.tolist() == any_kind.encode([text])[0].tolist()
+
+
+def test_spellings_make_the_text(any_kind):
+  for text in TEXTS[:9]:
+    ids = any_kind.encode([text])[0]
+    spelt = b''.join(any_kind.spelling(int(i)) for i in ids).decode()
+    assert spelt.lstrip() == any_kind.decode(ids).lstrip() and text.split() == spelt.split()
+  assert any_kind.spelling(any_kind.eod_id) == b''
+
+
+def test_spellings_of_word_pieces_have_the_blanks_between_words(tmp_path):
+  engine = hf.Tokenizer(hf.models.WordPiece(
+      {'[UNK]': 0, 'clus': 1, '##ter': 2, '##s': 3, 'cat': 4}, unk_token='[UNK]'))
+  engine.pre_tokenizer = hf.pre_tokenizers.Whitespace()
+  engine.decoder = hf.decoders.WordPiece()
+  made = opened(tmp_path, engine)
+  ids = made.encode(['clusters cat clus'])[0]
+  assert b''.join(made.spelling(int(i)) for i in ids).split() == [b'clusters', b'cat', b'clus']
+  assert made.token_bytes_V[1:5].tolist() == [4, 3, 1, 3]

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from demix import tree
+from demix.layers import domain_expert_ffn
 from demix.layers.domain_expert_ffn import DomainExpertFFN
 from demix.layers.feed_forward import FeedForward
 
@@ -48,6 +49,43 @@ def test_every_way_is_the_formula(kind, changes):
                                    for way, (route, _) in expected.items()})
   for way, (_, y) in expected.items():
     np.testing.assert_allclose(got[way], y, rtol=1e-4, atol=1e-5, err_msg=way)
+
+
+@pytest.mark.parametrize('domains', [[2, 0, 2, 2, 0], [1, 1, 1], [3, 2, 1, 0], [2, 1]])
+def test_grouped_rows_are_gathered_rows_in_value_and_gradient(domains):
+  _, _, leaves = layer('gpt', {})
+  leaves = {n.split('/')[-1]: leaf for n, leaf in leaves.items()}
+  x = jnp.float32(np.random.default_rng(0).normal(size=(len(domains), L, D)))
+  def run(form):
+    each = jnp.cos(jnp.arange(x.size)).reshape(x.shape)  # which row is which shows
+    value = lambda leaves, x: (form(leaves, x, jnp.asarray(domains), 'gelu') ** 2 * each).sum()
+    return models.jit(jax.value_and_grad(value, (0, 1)))(leaves, x)
+  (a, (da, dx)), (b, (db, dy)) = map(
+      run, (domain_expert_ffn.grouped, domain_expert_ffn.gathered))
+  np.testing.assert_allclose(a, b, rtol=1e-5)
+  models.assert_close({'x': dx} | da, {'x': dy} | db, 1e-4, 1e-4)
+  for e in set(range(E)) - set(domains):
+    assert not any(np.asarray(leaf[e]).any() for leaf in da.values())
+
+
+def test_accelerators_group_and_cpus_gather(monkeypatch):
+  assert domain_expert_ffn.any_rows() is domain_expert_ffn.gathered
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  assert domain_expert_ffn.any_rows() is domain_expert_ffn.grouped
+  monkeypatch.setattr(jax, 'device_count', lambda: 8)
+  assert domain_expert_ffn.any_rows() is domain_expert_ffn.gathered
+
+
+def test_copies_of_weights_are_not_kept_for_the_backward_pass():
+  _, _, leaves = layer('gpt', {})
+  leaves = {n.split('/')[-1]: leaf for n, leaf in leaves.items()}
+  domain = jnp.arange(B) % E
+  _, pull = jax.vjp(lambda leaves, x: domain_expert_ffn.gathered(leaves, x, domain, 'gelu'),
+                    leaves, jnp.ones((B, L, D)))
+  kept = {x.shape for x in jax.tree.leaves(pull)}
+  assert (B, L, leaves['up'].shape[-1]) in kept  # what the activation needs
+  copies = {(B, *leaf.shape[1:]) for leaf in leaves.values()}
+  assert not kept & copies
 
 
 def test_one_hot_weights_are_that_expert():

@@ -183,6 +183,13 @@ def test_the_config_of_more_domains(data, rows, weights):
   assert with_domains(more, tuple('abcd')).data == config.data
   dense = with_domains(dataclasses.replace(config, model=ModelConfig()), tuple('abcde'))
   assert dense.model.experts == ()
+  timed = dataclasses.replace(config, data=dataclasses.replace(
+      config.data, sampling='weights', weights=dict.fromkeys('abcd', 1.0),
+      schedule='5 a=2 d=3, 9 d=1', schedule_kind='linear'))
+  fewer = with_domains(timed, tuple('abc')).data
+  fewer.check()
+  assert (fewer.schedule, fewer.schedule_kind) == ('5 a=2', 'linear')
+  assert with_domains(timed, tuple('bc')).data.schedule_kind == 'piecewise'
 
 
 def test_what_fails_while_it_is_written_leaves_nothing(models, adapted, tmp_path, monkeypatch):
@@ -254,7 +261,8 @@ def test_all_differences_of_the_trunk_are_counted(models, others, tmp_path):
 
 
 @pytest.mark.parametrize(('argv', 'text'), [
-    ((), 'forest: no action given (known: plan, run, status, tree, verify, list, add, remove)'),
+    ((), 'forest: no action given (known: plan, run, status, tree, verify, list, show, '
+     'add, remove)'),
     (('ad',), "forest: no such action 'ad' (did you mean 'add'?)"),
     (('list',), '--model is missing'), (('add', '--model=W'), '--expert is missing'),
     (('add', '--model=W', '--expert=a'), '--from is missing'),

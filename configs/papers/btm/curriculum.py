@@ -5,9 +5,9 @@ domain's valid text.
   python -m demix forest plan --config=configs/papers/btm/curriculum.py:350m --forest=F --data=STORE
   python -m demix forest run --forest=F
 
-STORE holds the 64 domains under these names. Paper: 64 experts of 350M equal a dense 1.3B that
-took 2.5 times the compute. The released code has the names; which domains made which round, and
-the budgets of later rounds, are not known to us: here the list's order, and as many updates as an
+STORE holds the 64 domains under these names. Paper: 64 experts of 350M equal a dense 1.3B that took
+2.5 times the compute. The released code has the names; which domains made which round, and the
+budgets of later rounds, are not known to us: here the list's order, and as many updates as an
 expert of the first round, on a schedule of their own. Not run here: only built and checked
 (tests/forest/test_plan_configs.py).
 """

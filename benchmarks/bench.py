@@ -1,0 +1,229 @@
+"""One table: model size × mesh × arm. tokens/s, MFU, memory, compile time, time to the first step.
+
+  python benchmarks/bench.py [--sizes=1m,10m] [--meshes='data=-1;data=-1,expert=2']
+      [--dtype=float32] [--arms=dense,demix,general,linen,unmeshed] [--repeats=5]
+      [--set=remat=dots,loss_block=8192] [--json=FILE] [--compare=EARLIER.json] [--profile=DIR]
+
+The arms of one size and mesh take turns. What each figure means: benchmarks/README.md.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import measure
+
+ARMS = ('dense', 'demix', 'general', 'linen', 'unmeshed')
+# Dense bfloat16 (without sparsity) FLOP/s of a chip by its data sheet, by part of device_kind.
+SHEETS = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'v6': 918e12,
+          'v5p': 459e12, 'v5 lite': 197e12, 'v4': 275e12}
+# Goals on one H200 in bfloat16, T 1024: tokens/s of a dense LM, and the stretch.
+GOALS = {'125m': (345e3, 460e3), '350m': (145e3, 175e3), '760m': (78e3, 90e3),
+         '1.3b': (49e3, 55e3)}
+
+
+class Arm:
+  """A train step as training compiles it, with its state and one batch of random ids."""
+
+  def __init__(self, name: str, size: measure.Size, mesh, dtype: str, execution: dict):
+    import jax
+    import numpy as np
+
+    from demix import sharding
+    from demix.optimizer import AdamW, OptimizerConfig
+    from demix.params import Model
+    from demix.state import begin
+    from demix.step import Program, make_step
+    from demix.transformer import ExecutionConfig, preset
+    started = time.perf_counter()
+    ffn = 'demix' if name in ('demix', 'general') else 'dense'
+    self.model = Model(
+        preset(size.preset, ffn=ffn, vocab_size=size.vocab, max_length=size.length,
+               experts=measure.EXPERTS if ffn == 'demix' else ()),
+        ExecutionConfig(**execution), dtype)
+    self.flops = size.tokens * self.model.flops_per_token(size.length)
+    self.optimizer = OptimizerConfig(schedule='constant', warmup_share=0.0)
+    adamw, domains = AdamW(self.optimizer, 1000), len(measure.EXPERTS)
+    ids = np.random.default_rng(0).integers(
+        0, size.vocab, (size.batch, size.length + 1), dtype=np.int32)
+    self.batch = {
+        'tokens_BL': ids[:, :-1], 'targets_BL': ids[:, 1:],
+        'weights_BL': np.ones((size.batch, size.length), np.float32),
+        'domain_B': np.repeat(np.arange(domains, dtype=np.int32), size.batch // domains)}
+    if name == 'unmeshed':
+      step, where = jax.jit(make_step(self.model, adamw, domains=domains, balanced=True),
+                            donate_argnums=0), None
+    else:
+      sharding.check_rows(mesh, size.batch)
+      program = Program(model=self.model, adamw=adamw, part='', domains=domains,
+                        balanced=name != 'general', accumulation=1, mesh=mesh)
+      step, where = program.step, program.shardings
+      self.batch = jax.device_put(self.batch, jax.sharding.NamedSharding(mesh, sharding.BATCH))
+    fresh = jax.jit(lambda seed: begin(self.model.init(seed), adamw), out_shardings=where)
+    self.state, self.frozen = fresh(0)
+    compiling = time.perf_counter()
+    self.step = step.lower(self.state, self.batch, self.frozen).compile()
+    self.compile_seconds = time.perf_counter() - compiling
+    m = self.step.memory_analysis()
+    self.bytes = (m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+                  + m.temp_size_in_bytes)
+    self()
+    self.first_loss, self.first_seconds = self.loss, time.perf_counter() - started
+
+  def __call__(self):
+    self.state, out = self.step(self.state, self.batch, self.frozen)
+    self.loss = float(out['loss'])
+
+
+class Peer:
+  """linen_gpt.Linen from the same start, with the attributes of an Arm."""
+
+  def __init__(self, size: measure.Size):
+    import jax
+    import linen_gpt
+    import numpy as np
+
+    from demix.optimizer import OptimizerConfig
+    from demix.params import Model
+    from demix.transformer import preset
+    started = time.perf_counter()
+    model = Model(preset(size.preset, vocab_size=size.vocab, max_length=size.length))
+    flat = jax.jit(lambda seed: model.canonical(model.init(seed)))(0)
+    ids = np.random.default_rng(0).integers(
+        0, size.vocab, (size.batch, size.length + 1), dtype=np.int32)
+    self.run = linen_gpt.Linen(model.config, OptimizerConfig(schedule='constant', warmup_share=0.0),
+                               flat, {'tokens_BL': ids[:, :-1], 'targets_BL': ids[:, 1:]})
+    self.flops = size.tokens * model.flops_per_token(size.length)
+    self.compile_seconds = self.run.compile_seconds
+    m = self.run.step.memory_analysis()
+    self.bytes = (m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+                  + m.temp_size_in_bytes)
+    self()
+    self.first_loss, self.first_seconds = self.loss, time.perf_counter() - started
+
+  def __call__(self):
+    self.run()
+    self.loss = self.run.loss
+
+
+def product(dtype: str):
+  """A call that does one square product on the first device, and its FLOPs."""
+  import jax
+  import jax.numpy as jnp
+  cpu = jax.default_backend() == 'cpu'
+  n = 2048 if cpu else 8192
+  x = jnp.ones((n, n), 'float32' if cpu else dtype)
+  multiply = jax.jit(jnp.matmul)
+  return lambda: multiply(x, x).block_until_ready(), 2 * n ** 3
+
+
+def settings(text: str) -> dict:
+  """'remat=dots,loss_block=8192' → ExecutionConfig's fields."""
+  out = {}
+  for word in filter(None, text.split(',')):
+    name, _, value = word.partition('=')
+    out[name] = (int(value) if value.lstrip('-').isdigit()
+                 else {'True': True, 'False': False}.get(value, value))
+  return out
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('--sizes', default='1m', help=', '.join(measure.SIZES))
+  parser.add_argument('--meshes', default='data=-1', help='axes with sizes; several with ; between')
+  parser.add_argument('--arms', default='dense,demix', help=', '.join(ARMS))
+  parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16'))
+  parser.add_argument('--set', default='', help='keys of execution, as remat=dots,loss_block=8192')
+  parser.add_argument('--repeats', type=int, default=5)
+  parser.add_argument('--inner', type=int, default=1, help='steps timed as one')
+  parser.add_argument('--json', default='', help='file for the rows')
+  parser.add_argument('--compare', default='', help='a file that --json wrote earlier')
+  parser.add_argument('--profile', default='', help='folder for a jax.profiler trace of one round')
+  args = parser.parse_args()
+  names, sizes = args.arms.split(','), args.sizes.split(',')
+  for given, known in ((names, ARMS), (sizes, measure.SIZES)):
+    for name in given:
+      if name not in known:
+        parser.error(f'no {name!r}: {", ".join(known)}')
+  earlier = json.loads(Path(args.compare).read_text()) if args.compare else {'rows': []}
+  measure.restart()
+  import jax
+
+  from demix.sharding import MeshConfig, make_mesh
+  kind, multiply = jax.devices()[0].device_kind, product(args.dtype)
+  sheet = next((rate for name, rate in SHEETS.items() if name in kind), None)
+  print(f'{jax.device_count()} × {kind}, jax {jax.__version__}, {args.dtype}, {args.repeats} rounds'
+        f'{", " + args.set if args.set else ""}\n{measure.machine()}', flush=True)
+  rows = []
+  for size in sizes:
+    for text in args.meshes.split(';'):
+      mesh = make_mesh(MeshConfig(**settings(text)))
+      rows += table(size, text, mesh, names, args, multiply, sheet, kind)
+  compare(rows, earlier['rows'])
+  measure.write_json(args.json, {'machine': measure.machine(), 'device': kind, 'command': sys.argv,
+                                 'jax': jax.__version__, 'rows': rows})
+
+
+def table(size: str, text: str, mesh, names, args, multiply, sheet, kind) -> list[dict]:
+  """Measures and prints the arms of one size and mesh; their rows."""
+  import jax
+  call, product_flops = multiply
+  shape, devices = measure.SIZES[size], mesh.size
+  arms = {n: Peer(shape) if n == 'linen' else Arm(n, shape, mesh, args.dtype, settings(args.set))
+          for n in names}
+  times = measure.interleave({'product': call, **arms}, args.repeats,
+                             dict.fromkeys(arms, args.inner))
+  if args.profile:
+    with jax.profiler.trace(args.profile):
+      for arm in arms.values():
+        arm()
+  print(f'\n{size}: T {shape.length}, batch {shape.batch}, V {shape.vocab}, mesh {text}; '
+        f'product {measure.spread([product_flops / w / 1e9 for w, _ in times["product"]], ".0f")} '
+        'GFLOP/s')
+  print(f'{"arm":<9} {"tokens/s":>28} {"of product":>10} {"CPU time":>9} {"sheet":>6} '
+        f'{"MiB":>7} {"compile":>8} {"first":>7} {"over " + names[0]:>12} {"CPU time":>9}  loss')
+  rows = []
+  for name, arm in arms.items():
+    used = 1 if name in ('linen', 'unmeshed') else devices
+    wall, cpu = zip(*times[name])
+    share = [[arm.flops / t[i] / (product_flops / p[i]) / (used if i == 0 else 1)
+              for t, p in zip(times[name], times['product'])] for i in (0, 1)]
+    ratio = [[a[i] / b[i] for a, b in zip(times[names[0]], times[name])] for i in (0, 1)]
+    rate = [shape.tokens / w for w in wall]
+    of_sheet = statistics.median(arm.flops / w for w in wall) / (sheet * used) if sheet else None
+    rows.append({
+        'size': size, 'mesh': text, 'arm': name, 'dtype': args.dtype, 'set': args.set,
+        'devices': used, 'tokens_per_second': measure.summary(rate),
+        'step_seconds': measure.summary(wall), 'step_cpu_seconds': measure.summary(cpu),
+        'mfu_of_product': measure.summary(share[0]),
+        'mfu_of_product_cpu': measure.summary(share[1]),
+        'mfu_of_sheet': of_sheet, 'bytes_per_device': arm.bytes, 'first_loss': arm.first_loss,
+        'compile_seconds': arm.compile_seconds, 'first_step_seconds': arm.first_seconds,
+        f'over_{names[0]}': {'wall': measure.summary(ratio[0]), 'cpu': measure.summary(ratio[1])}})
+    print(f'{name:<9} {measure.spread(rate, ".0f"):>28} {statistics.median(share[0]):>10.2f} '
+          f'{statistics.median(share[1]):>9.2f} {f"{of_sheet:.2f}" if sheet else "-":>6} '
+          f'{arm.bytes / 2**20:>7.0f} {arm.compile_seconds:>6.1f} s {arm.first_seconds:>5.1f} s '
+          f'{statistics.median(ratio[0]):>12.2f} {statistics.median(ratio[1]):>9.2f}  '
+          f'{arm.first_loss:.5f}', flush=True)
+  if 'H200' in kind and devices == 1 and size in GOALS:
+    goal, stretch = GOALS[size]
+    print(f'goal on one H200 in bfloat16: {goal:.0f} tokens/s dense, stretch {stretch:.0f}; DEMix '
+          '0.97 of dense')
+  return rows
+
+
+def compare(rows: list[dict], earlier: list[dict]):
+  """Prints tokens/s over those of an earlier run, where it had the same row."""
+  key = lambda row: tuple(row[n] for n in ('size', 'mesh', 'arm', 'dtype', 'set'))
+  before = {key(row): row['tokens_per_second']['median'] for row in earlier}
+  for row in rows:
+    if key(row) in before:
+      print(f'{" ".join(filter(None, key(row)))}: '
+            f'{row["tokens_per_second"]["median"] / before[key(row)]:.2f} of the earlier tokens/s')
+
+
+if __name__ == '__main__':
+  main()

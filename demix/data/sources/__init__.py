@@ -1,0 +1,1 @@
+"""One reader per format, behind one interface (`part.Part`); `corpus` chooses among them."""
