@@ -1,11 +1,14 @@
 """Tokens/s of the loaders, for each sampling and packing, against what the 1M model trains at.
 
-  python benchmarks/loader.py [--repeats=7] [--batches=200] [--trains=TOKENS_PER_S] [--json=FILE]
+  python benchmarks/loader.py [--repeats=7] [--batches=200] [--trains=TOKENS_PER_S]
+                              [--processes=1] [--json=FILE]
 
 The store is made on the spot: 8 domains of random words, byte-level BPE of 2048 ids, documents of
 20 to 4000 characters. A row of the table is Batches.iterate as the training loop calls it (one
 thread reads ahead), T 128 and batch 32. What the 1M dense model trains at is measured in the same
-rounds, unless --trains says it. The goal is ten times that.
+rounds, unless --trains says it. The goal is ten times that. With --processes=N each row is the
+rate of one process of N, which reads its share of the rows only (the first 1/N of them, as where
+`data` or `expert` splits them over N processes): tokens of that share a second.
 """
 
 import argparse
@@ -47,14 +50,15 @@ def make_store(folder: Path):
 class Loader:
   """`batches` batches in a row out of one kind of loader."""
 
-  def __init__(self, store, size, sampling, packing, batches):
+  def __init__(self, store, size, sampling, packing, batches, processes=1):
     from demix.data.batches import Batches, DataConfig
     weights = {name: 1.0 + i for i, name in enumerate(measure.EXPERTS)}
     config = DataConfig(
         domains=measure.EXPERTS, sampling=sampling, packing=packing, batch_size=size.batch,
         sequence_length=size.length, weights=weights if sampling == 'weights' else {})
     config.check()
-    self.count, self.iterator = batches, Batches(store, config, 0).iterate(0)
+    rows = range(size.batch // processes) if processes > 1 else None
+    self.count, self.iterator = batches, Batches(store, config, 0, rows=rows).iterate(0)
 
   def __call__(self):
     for _ in range(self.count):
@@ -66,15 +70,19 @@ def main():
   parser.add_argument('--repeats', type=int, default=7)
   parser.add_argument('--batches', type=int, default=200, help='timed as one')
   parser.add_argument('--trains', type=float, default=0, help='tokens/s of the model; 0: measure')
+  parser.add_argument('--processes', type=int, default=1, help='that share the rows of a batch')
   parser.add_argument('--json', default='', help='file for the figures')
   args = parser.parse_args()
+  if args.processes < 1 or measure.SIZES['1m'].batch % args.processes:
+    parser.error(f'--processes={args.processes} does not divide {measure.SIZES["1m"].batch} rows')
   measure.restart()
   size = measure.SIZES['1m']
   print(f'T {size.length}, batch {size.batch}, 8 domains, {args.repeats} rounds of {args.batches} '
-        f'batches\n{measure.machine()}', flush=True)
+        f'batches, one process of {args.processes}\n{measure.machine()}', flush=True)
   with tempfile.TemporaryDirectory() as folder:
     store = make_store(Path(folder))
-    calls = {f'{sampling}, {packing}': Loader(store, size, sampling, packing, args.batches)
+    calls = {f'{sampling}, {packing}': Loader(
+        store, size, sampling, packing, args.batches, args.processes)
              for packing in ('continuous', 'document')
              for sampling in ('balanced', 'proportional', 'weights')}
     names = list(calls)
@@ -87,8 +95,10 @@ def main():
         f'tokens/s, {measure.spread([size.tokens / t[1] for t in step], ".0f")} per CPU second')
   figures['train_tokens_per_second'] = measure.summary(size.tokens / t[0] for t in step)
   for name in names:
-    rates, cpu = ([args.batches * size.tokens / t[i] for t in times[name]] for i in (0, 1))
-    ratios = [[args.batches * s[i] / t[i] for s, t in zip(step, times[name])] for i in (0, 1)]
+    tokens = args.batches * size.tokens // args.processes
+    rates, cpu = ([tokens / t[i] for t in times[name]] for i in (0, 1))
+    ratios = [[args.batches / args.processes * s[i] / t[i] for s, t in zip(step, times[name])]
+              for i in (0, 1)]
     figures['loaders'][name] = {
         'tokens_per_second': measure.summary(rates), 'per_cpu_second': measure.summary(cpu),
         'over_training': measure.summary(ratios[0]),

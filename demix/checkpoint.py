@@ -14,6 +14,9 @@ State is a flat dict of canonical names (`params/embed/tokens`, `optimizer/count
 Content digests depend on name, dtype, shape and bytes of the leaves only; two runs are the same by
 content digest, since the files differ from save to save. File digests find damage, not forgery.
 
+With several processes all call `save` and `restore` at the same points. Each writes its own shards
+to the one file system they share; process 0 does the rest.
+
 The readers (`steps`, `verify`, `latest`, `require`, `read_meta`, `names`) are in demix/catalogue.py
 and need no JAX. `directory` is always W/checkpoints.
 """
@@ -34,7 +37,7 @@ from pathlib import Path
 
 import numpy as np
 
-from demix import digests, leaves
+from demix import digests, leaves, processes
 from demix.catalogue import (
   META,
   STEP,
@@ -61,15 +64,6 @@ _TIMEOUT = 4 * 3600
 _CHUNK = 1 << 26  # bytes of a leaf that are compressed at once
 _WORK = '.saving-'  # <step>.saving-<process>-<attempt>: a checkpoint that is being written
 _attempts = itertools.count()
-
-
-def _one_process():
-  import jax
-  # To come: every process saves and restores its shards and only process 0 finishes, behind a
-  # barrier; digests then need the gathered leaves.
-  if jax.process_count() > 1:
-    raise DemixError(f'checkpoints of {jax.process_count()} processes: only 1 is supported so far; '
-                     'run one process per workdir')
 
 
 def _quiet(record) -> bool:
@@ -125,7 +119,7 @@ def restore(directory, step: int, like: dict, *, check: bool = True, host: bool 
     directory: W/checkpoints.
     step: of a finished checkpoint.
     like: {name: jax.ShapeDtypeStruct}; its sharding says where the leaf goes (None: the first
-      device), whatever mesh it was saved from.
+      device of this process), whatever mesh it was saved from.
     check: compare the content digest of every restored leaf with meta.json.
     host: as NumPy arrays, on no device.
 
@@ -150,10 +144,9 @@ def restore(directory, step: int, like: dict, *, check: bool = True, host: bool 
                    'use the config that made it')
   if not like:
     return {}
-  _one_process()
   import jax
   ocp = _import_orbax()
-  first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   item = _nested({name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype,
                                              sharding=getattr(leaf, 'sharding', None) or first)
                   for name, leaf in like.items()})
@@ -174,8 +167,9 @@ def restore(directory, step: int, like: dict, *, check: bool = True, host: bool 
       leaf = leaf[part]
     out[name] = leaf
   if check:
+    # In all processes, so that what fails in one fails in all.
     bad = [name for name, leaf in out.items()
-           if digests.of_leaf(name, leaf) != saved[name]['digest']]
+           if digests.of_leaf(name, processes.whole(leaf)) != saved[name]['digest']]
     if bad:
       raise NothingToLoad(f'checkpoint {root}: not the arrays that were saved, by content digest: '
                           f'{", ".join(bad)}; name another step')
@@ -196,6 +190,12 @@ def _leaf(name, leaf):
     raise BadInput(f'leaf {name!r}: {leaf.dtype}{list(leaf.shape)} cannot be saved; '
                    'expected numbers of a type that JAX has enabled, at least one')
   return leaf
+
+
+def _digest(name, leaf, wanted: bool = True) -> str:
+  """Content digest of a leaf whose parts may be in several processes, all of which call this."""
+  leaf = processes.whole(leaf)
+  return digests.of_leaf(name, leaf) if wanted else ''
 
 
 def _checked(meta: dict, step: int) -> dict:
@@ -227,15 +227,19 @@ class Checkpoints:
     self._trusted: set[int] = set()
     self._orbax = self._thread = self._error = None
     if clean:
-      self._clean()
+      processes.decided(self._clean)
 
   def __enter__(self):
     return self
 
-  def __exit__(self, kind, *_):
+  def __exit__(self, kind, error, _):
     # While another error is on its way out, that one matters more than a failed save.
-    with contextlib.suppress(DemixError) if kind else contextlib.nullcontext():
+    if not kind:
       self.close()
+    elif processes.count() == 1 or getattr(error, 'everywhere', False):
+      with contextlib.suppress(DemixError):
+        self.close()
+    # Else the others are not here to finish it with, and learn of the error by our end.
 
   def save(self, step: int, state: dict, meta: dict):
     """Starts saving; waits only for the save before and for Orbax to take the arrays.
@@ -254,7 +258,6 @@ class Checkpoints:
       Refused: a good checkpoint of this step holds another state.
       DemixError: this save could not start, or the one before failed (disk full …).
     """
-    _one_process()
     step = operator.index(step)
     if step < 0:
       raise BadInput(f'checkpoint step {step}: expected 0 or more')
@@ -263,13 +266,20 @@ class Checkpoints:
     self.wait()
     # Under a name of its own until it is finished: when a write fails, others go on for a while,
     # and must not end up in the next attempt.
-    work = self.directory / f'{step}{_WORK}{os.getpid()}-{next(_attempts)}'
+    pid, attempt = processes.decided(os.getpid), next(_attempts)
+    work = self.directory / f'{step}{_WORK}{pid}-{attempt}'
     try:
-      if self._there(self.directory / str(step), step, state):
+      if processes.decided(lambda: self._finished(self.directory / str(step), step)):
+        self._check_same(step, state)
         return
       import jax
       ocp = _import_orbax()
-      work.mkdir(parents=True)
+      processes.decided(lambda: work.mkdir(parents=True))
+      # What no process has all of is read leaf by leaf, here: the thread below must not send
+      # anything between devices beside the steps.
+      known = None
+      if processes.count() > 1:
+        known = {name: _digest(name, leaf, processes.first()) for name, leaf in state.items()}
       if self._orbax is None:
         self._orbax = ocp.AsyncCheckpointer(
             ocp.PyTreeCheckpointHandler(), async_options=ocp.options.AsyncOptions(
@@ -283,7 +293,7 @@ class Checkpoints:
       raise
     except Exception as e:
       raise self._failed(work, step, e) from e
-    self._thread = threading.Thread(target=self._finish, args=(work, step, state, meta),
+    self._thread = threading.Thread(target=self._finish, args=(work, step, state, known, meta),
                                     name=f'checkpoint {step}')
     self._thread.start()
 
@@ -309,8 +319,8 @@ class Checkpoints:
         self._orbax.close()
         self._orbax = None
 
-  def _there(self, root, step, state) -> bool:
-    """Whether `root` holds this very state; anything else is put out of the way or refused."""
+  def _finished(self, root, step) -> bool:
+    """Whether `root` is a good checkpoint; anything else is put out of the way."""
     if not os.path.lexists(root):
       return False
     if root.is_dir() and not root.is_symlink() and step not in steps(self.directory):
@@ -323,14 +333,18 @@ class Checkpoints:
       root.rename(bad)
       self._trusted.discard(step)
       return False
-    seen = digests.of_tree({name: digests.of_leaf(name, leaf) for name, leaf in state.items()})
-    if seen != read_meta(self.directory, step)['state_digest']:
-      raise Refused(f'checkpoint {root} is good and holds another state; '
-                    'delete it or use another workdir')
     return True
 
-  def _finish(self, work, step, state, meta):
-    """In the background: from Orbax's commit to a checkpoint that exists."""
+  def _check_same(self, step, state):
+    """Refuses a good checkpoint of this step that holds another state."""
+    seen = digests.of_tree({name: _digest(name, leaf) for name, leaf in state.items()})
+    if seen != read_meta(self.directory, step)['state_digest']:
+      raise Refused(f'checkpoint {self.directory / str(step)} is good and holds another state; '
+                    'delete it or use another workdir')
+
+  def _finish(self, work, step, state, known, meta):
+    """In the background: from Orbax's commit to a checkpoint that exists. `known`: content digests
+    where there are several processes."""
     try:
       about, later = {}, []
       while state:  # one by one, so that their memory is free as early as the caller allows
@@ -339,9 +353,11 @@ class Checkpoints:
         if isinstance(leaf, leaves.Later):
           later.append(leaf)
         else:
-          about[name]['digest'] = digests.of_leaf(name, leaf)
+          about[name]['digest'] = known[name] if known else digests.of_leaf(name, leaf)
         del leaf
-      self._orbax.wait_until_finished()
+      self._orbax.wait_until_finished()  # of all processes
+      if known and not processes.first():
+        return
       for leaf in later:
         about[leaf.name]['digest'] = leaf.digest
       of = {name: leaf['digest'] for name, leaf in about.items()}

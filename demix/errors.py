@@ -7,8 +7,13 @@ The codes are a contract (docs/contracts.md): schedulers and launchers act on th
 
 
 class DemixError(Exception):
-  """Failed (exit 1). The base of every error this package raises on purpose."""
+  """Failed (exit 1). The base of every error this package raises on purpose.
+
+  `everywhere`: with several processes, all of them raise it at the same point
+  (demix/processes.py).
+  """
   code = 1
+  everywhere = False
 
 
 class BadInput(DemixError):
@@ -29,6 +34,7 @@ class NothingToLoad(DemixError):
 class NonFinite(DemixError):
   """A loss or gradient was not finite; no parameter was changed by that step (exit 5)."""
   code = 5
+  everywhere = True  # all read the same numbers
 
 
 class Locked(DemixError):
@@ -39,3 +45,4 @@ class Locked(DemixError):
 class Preempted(DemixError):
   """Asked to stop, saved, and ended: run the same command again to go on (exit 75)."""
   code = 75
+  everywhere = True  # agreed on

@@ -83,20 +83,21 @@ class Metrics:
     step: the restored step: lines up to and including it stay. A run that restored nothing
       passes -1, so that a line of an earlier attempt at step 0 goes too.
     tensorboard: also write event files (no TensorFlow needed).
+    quiet: write nothing (a process of several that is not the first).
 
   Raises:
     DemixError: the file cannot be read or written.
   """
 
-  def __init__(self, workdir, *, step: int = 0, tensorboard: bool = True):
-    self.path = Path(workdir) / FILE
+  def __init__(self, workdir, *, step: int = 0, tensorboard: bool = True, quiet: bool = False):
+    self.path = Path(os.devnull) if quiet else Path(workdir) / FILE
     self._board = None
     try:
       if self.path.exists():
         _cut_back(self.path, step)
       # Unbuffered: a line is with the kernel when write() returns, and survives a kill.
       self._file = open(self.path, 'ab', buffering=0)
-      if tensorboard:
+      if tensorboard and not quiet:
         self._board = _Board(Path(workdir) / 'tensorboard', step + 1)
     except OSError as e:
       raise self._failed(e) from None

@@ -1,5 +1,6 @@
 """Progress of long work: a live bar with rate and ETA on a terminal, plain lines in a log."""
 
+import io
 import sys
 import time
 
@@ -32,12 +33,13 @@ class Progress:
     done: where it starts (a resumed run); the rate counts from there.
     stream: where lines go; standard error by default, so that stdout stays for results.
     every: seconds between two plain lines when the stream is not a terminal.
+    quiet: say nothing (a process of several that is not the first).
   """
 
   def __init__(self, total: float, unit: str, label: str, *, done: float = 0, stream=None,
-               every: float = 10.0):
+               every: float = 10.0, quiet: bool = False):
     self.total, self.unit, self.label, self.every = total, unit, label, every
-    self.stream = stream or sys.stderr
+    self.stream = io.StringIO() if quiet else stream or sys.stderr
     self._start, self._first, self._done = time.monotonic(), done, done
     self._last, self._bar = self._start, None
     if self.stream.isatty():

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from demix import checkpoint, settings, sharding, tree
+from demix import checkpoint, processes, settings, sharding, tree
 from demix.clock import Clock
 from demix.config import (
   TRAINABLE,
@@ -33,7 +34,7 @@ from demix.optimizer import AdamW
 from demix.params import Model
 from demix.progress import quantity
 from demix.start import find
-from demix.state import begin, canonical_state, running_state
+from demix.state import begin, running_state
 from demix.step import Program
 from demix.workdir import check_identity, load_config, load_identity, save_config
 
@@ -103,11 +104,14 @@ class Run:
       check_identity(saved, self.identity, workdir)
     self.domains = config.data.domains
     self.symbols = domain_symbols(config)
-    self.batches = Batches(self.store, config.data, config.seed, symbols=self.symbols)
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = sharding.make_mesh(config.mesh, experts=len(config.model.experts))
     config.execution.check_devices(mesh.devices.flat)
     sharding.check_rows(mesh, config.data.batch_size // config.train.accumulation,
                         ('data', 'fsdp') if name else sharding.BATCH[0])
+    # Runs side by side each read all of their rows; their step lays them out.
+    self.mine = None if name else sharding.process_rows(mesh, config.data.batch_size)
+    self.batches = Batches(self.store, config.data, config.seed, symbols=self.symbols,
+                           rows=self.mine)
     self.program = Program(
         model=Model(config.model, config.execution, config.train.compute_dtype),
         adamw=AdamW(config.optimizer, config.optimizer.schedule_steps),
@@ -115,6 +119,7 @@ class Run:
         balanced=config.data.sampling == 'balanced', accumulation=config.train.accumulation,
         mesh=mesh)
     self.model = self.program.model
+    sharding.check_replicated(mesh, self.model.abstract, config.mesh.max_replicated)
     self.flops = (config.data.batch_size * config.data.sequence_length
                   * self.model.flops_per_token(config.data.sequence_length))
     self.ledger = {'tokens': 0, 'flops': 0, 'seconds': 0.0}
@@ -130,21 +135,20 @@ class Run:
   def start(self) -> tuple[dict, dict]:
     """(state, frozen) of the newest trusted checkpoint, or of a first start; sets `step`."""
     program, part = self.program, self.program.part
-    step, where = checkpoint.latest(self.directory), program.shardings
-    here = jax.sharding.NamedSharding(program.mesh, jax.sharding.PartitionSpec())
-    like = jax.eval_shape(lambda *s: canonical_state(self.model, *s), *program.abstract)
-    like = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for n, x in like.items()}
+    step = processes.decided(lambda: checkpoint.latest(self.directory))
+    where, like = program.shardings, program.canonical
+    here = NamedSharding(program.mesh, PartitionSpec())
     if step is None:
       if self.init and self.config.init.optimizer == 'continue':
         flat = self.init.moments(like)  # first: the model is let go of with its parameters
-        params = jax.device_put(self.init.parameters(), here)
+        params = sharding.put(self.init.parameters(), here)
         def go_on(params, flat):
           flat = flat | {f'params/{n}': x for n, x in self.model.canonical(params).items()}
           return running_state(self.model, flat, part)
         return jax.jit(go_on, out_shardings=where)(params, flat)
       if self.init:
         first = jax.jit(lambda p: begin(p, program.adamw, part), out_shardings=where)
-        return first(jax.device_put(self.init.parameters(), here))
+        return first(sharding.put(self.init.parameters(), here))
       fresh = jax.jit(lambda seed: begin(self.model.init(seed), program.adamw),
                       out_shardings=where)
       return fresh(self.config.seed)
@@ -198,8 +202,14 @@ class Run:
     if data.packing == 'document':
       names += ['segments_BL', 'positions_BL']
     rows = ({n: batch[n] for n in names} for batch in self.batches.iterate(self.step))
+    if not self.name:
+      # Copied to the devices while the step before runs: the loop waits for that one's numbers
+      # when this batch and its step are under way.
+      rows = (sharding.place(self.program.mesh, batch, data.batch_size, self.mine)
+              for batch in rows)
     self.clock = Clock(data.batch_size * data.sequence_length, self.flops)
-    with (Metrics(self.workdir, step=self.step or -1, tensorboard=train.tensorboard) as metrics,
+    with (Metrics(self.workdir, step=self.step or -1, tensorboard=train.tensorboard,
+                  quiet=not processes.first()) as metrics,
           checkpoint.Checkpoints(self.directory, max_to_keep=train.max_to_keep,
                                  keep_every=train.keep_every, clean=True) as saver):
       self.rows, self.metrics, self.saver = rows, metrics, saver
@@ -271,10 +281,13 @@ class Run:
              if 'valid' in self.store.splits(d)]
     if not parts:
       return {}
+    rows = NamedSharding(self.program.mesh, sharding.BATCH)
+    ways = 1 if self.name else sharding.row_ways(self.program.mesh)
     scores = perplexity.evaluate(
         self.model, params, self.store, parts, length=config.data.sequence_length,
-        batch_size=min(config.data.batch_size, 64), limit=config.train.eval_sequences,
-        symbols=self.symbols)
+        batch_size=-(-min(config.data.batch_size, 64) // ways) * ways,
+        limit=config.train.eval_sequences, symbols=self.symbols,
+        place=lambda batch: batch if self.name else sharding.put(batch, rows))
     row = {f'eval/{part.domain}/nll': score.mean_nll for part, score in zip(parts, scores)}
     row['eval/mean/nll'] = sum(row.values()) / len(row)
     text = ', '.join(f'{p.domain} {s.perplexity:.2f}' for p, s in zip(parts, scores))

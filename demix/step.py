@@ -107,17 +107,28 @@ class Program:
             sharding.shardings(self.mesh, frozen))
 
   @functools.cached_property
+  def canonical(self) -> dict:
+    """The canonical leaves as jax.ShapeDtypeStruct, with where they lie on their way to and from a
+    checkpoint."""
+    like = jax.eval_shape(lambda *s: canonical_state(self.model, *s), *self.abstract)
+    where = sharding.spread(self.mesh, like)
+    return {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where[n]) for n, x in like.items()}
+
+  @functools.cached_property
   def step(self):
     """(state, batch, frozen) → (state, metrics), compiled; state is donated."""
     state, frozen = self.shardings
     rows = jax.sharding.NamedSharding(self.mesh, sharding.BATCH)
+    whole = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
     return jax.jit(
         make_step(self.model, self.adamw, domains=self.domains, balanced=self.balanced,
                   accumulation=self.accumulation, mesh=self.mesh),
-        in_shardings=(state, rows, frozen), out_shardings=(state, None), donate_argnums=0)
+        in_shardings=(state, rows, frozen), out_shardings=(state, whole), donate_argnums=0)
 
   @functools.cached_property
   def export(self):
     """(state, frozen) → canonical leaves, compiled. A copy, so that what is saved in the background
     is not the buffer the next step reuses."""
-    return jax.jit(lambda *s: jax.tree.map(jnp.copy, canonical_state(self.model, *s)))
+    where = {name: leaf.sharding for name, leaf in self.canonical.items()}
+    return jax.jit(lambda *s: jax.tree.map(jnp.copy, canonical_state(self.model, *s)),
+                   out_shardings=where)

@@ -5,8 +5,8 @@ import contextlib
 import signal
 from pathlib import Path
 
-from demix import tree
-from demix.config import Config
+from demix import processes, tree
+from demix.config import Config, digest
 from demix.errors import Preempted
 from demix.progress import Progress, duration, quantity
 from demix.run import Run, differences, header
@@ -26,6 +26,7 @@ class Loop:
 
   def __init__(self, runs: list[Run], lift: str = 'threads'):
     self.runs, self.lift, self.stop_signal = runs, lift, None
+    self.request = processes.Request()
 
   def __call__(self):
     """Trains to train.steps. See `run` for what it raises."""
@@ -44,7 +45,7 @@ class Loop:
     if not going:
       return
     for run in going:
-      run.save_config()  # not before: what cannot be gone on with stays as it is
+      processes.decided(run.save_config)  # not before: what cannot be gone on with stays as it is
     print(header(going), flush=True)
     for run in going:
       if run.step:
@@ -54,14 +55,15 @@ class Loop:
     with contextlib.ExitStack() as stack:
       progress = stack.enter_context(Progress(
           sum(run.steps for run in self.runs), 'steps', 'train',
-          done=sum(run.step for run in self.runs)))
+          done=sum(run.step for run in self.runs), quiet=not processes.first()))
       for run in going:
         stack.enter_context(run.opened())
       while going:
         # The numbers of the step before are read while this one runs.
         for run, out in zip(going, lifted.step([next(run.rows) for run in going])):
           run.take(out)
-        stop = self.stop_signal  # read once: one that comes from here on waits for the next step
+        # Read once: one that comes from here on waits for the next step.
+        stop = (number := self.request.seen()) and signal.Signals(number).name
         if stop == 'SIGINT':
           raise KeyboardInterrupt
         self._settle(going, lifted, stop)
@@ -101,7 +103,7 @@ class Loop:
     """SIGTERM and SIGUSR1 ask for a checkpoint and the end of the run, SIGINT for its end: raised
     inside a save, KeyboardInterrupt can get lost. A second SIGINT is raised where it comes."""
     def ask(number, _):
-      self.stop_signal = signal.Signals(number).name
+      self.request.number, self.stop_signal = number, signal.Signals(number).name
       if number == signal.SIGINT:
         signal.signal(number, signal.default_int_handler)
     old = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
@@ -136,7 +138,9 @@ def run(config: Config, workdir: Path):
     NonFinite: a loss or gradient was not finite; step and worst domain are named.
     Preempted: SIGTERM or SIGUSR1 came; everything is saved.
   """
-  Loop([Run(config, workdir)])()
+  made = processes.agreed(lambda: Run(config, workdir))
+  processes.same(digest(made.identity), 'config, data or tokenizer')
+  Loop([made])()
 
 
 def together(members: dict[str, tuple[Config, Path]], say=print):

@@ -143,6 +143,13 @@ def hold(path, what: str = 'train'):
       os.close(fd)
 
 
+def check_shared(workdir):
+  """Raises BadInput where a workdir that another process of the run holds cannot be seen."""
+  if not (Path(workdir) / LOCK).exists():
+    raise BadInput(f'{workdir}: not there on {socket.gethostname()}; all processes of a run need '
+                   'it on one file system that they share')
+
+
 def save_config(workdir, config: dict):
   """Writes W/config.json, whole or not at all; tuples become lists.
 

@@ -6,9 +6,9 @@ threads, so tests of exactness must not share a process with them.
   XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/sharded_program.py
 """
 
+import dataclasses
 import functools
 import json
-import re
 import sys
 from types import SimpleNamespace
 
@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from demix import sharding, together, tree
+from demix.analysis.collectives import collectives
 from demix.step import Program, make_step
 
 # Every leaf has another shape than those of other kinds, whole or split in two.
@@ -31,54 +32,6 @@ CASES = {
     'expert 2 data 2 model 2': (dict(expert=2, data=2, model=2), 4, 1),
     'expert 2 data 2 fsdp 2': (dict(expert=2, data=2, fsdp=2), 4, 1),
 }
-
-
-# ---- reading compiled programs
-
-def replica_groups(line: str, devices: int) -> set[frozenset]:
-  """Groups of devices of a collective; HLO text has three spellings of them."""
-  ints = lambda text: [int(i) for i in text.split(',')]
-  def grid(shape, order, size):
-    ids = np.arange(devices).reshape(ints(shape)) if shape else np.arange(devices)
-    return (ids.transpose(ints(order)) if order else ids).reshape(size)
-  if found := re.search(r'replica_groups=\{(\{[\d,{} ]*\})\}', line):
-    return {frozenset(ints(g)) for g in re.findall(r'\{([\d,]+)\}', found[1])}
-  if found := re.search(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', line):
-    return {frozenset(g.tolist()) for g in grid(found[2], found[3], ints(found[1]))}
-  if found := re.search(r'replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\]'
-                        r'(?:T\(([\d,]+)\))?\))? ?\{(.*?)\}', line):
-    names, sizes = zip(*re.findall(r"'([^']+)'=(\d+)", found[1]))
-    ids = grid(found[2], found[3], [int(s) for s in sizes])
-    axes = [names.index(n) for n in re.findall(r"'([^']+)'", found[4])]
-    ids = np.moveaxis(ids, axes, range(-len(axes), 0))
-    return {frozenset(g.tolist()) for g in ids.reshape(-1, np.prod(ids.shape[-len(axes):]))}
-  return {frozenset(range(devices))}
-
-
-def collectives(text: str, mesh) -> list[dict]:
-  """Of a compiled module's text: [{'op', 'shapes' (of its results), 'axes' (mesh axes it spans)}].
-
-  A shape's dimensions of 1 stay, so that an expert's bias [1, D] is not a shared one [D].
-  """
-  place = {d.id: at for at, d in np.ndenumerate(mesh.devices)}
-  out = []
-  for line in text.splitlines():
-    found = re.search(r'= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|'
-                      r'collective-permute|collective-broadcast)(?:-start)?\(', line)
-    if not found:
-      continue
-    if pairs := re.search(r'source_target_pairs=\{(.*?)\}\}?', line):
-      groups = {frozenset(map(int, p.split(','))) for p in re.findall(r'\d+,\d+', pairs[1])}
-    else:
-      groups = replica_groups(line, mesh.size)
-    axes = set()
-    for group in groups:
-      at = np.array([place[d] for d in group])
-      axes |= {a for i, a in enumerate(mesh.axis_names) if len(set(at[:, i])) > 1}
-    shapes = [[int(n) for n in s.split(',') if n]
-              for s in re.findall(r'[a-z]+\d*\[([\d,]*)\]', found[1])]
-    out.append({'op': found[2], 'shapes': shapes, 'axes': sorted(axes)})
-  return out
 
 
 # ---- the program
@@ -110,6 +63,11 @@ def train(step, state, batches):
   return tree.flatten(state), {n: [row[n] for row in rows] for n in rows[0]}
 
 
+def plain(found) -> list[dict]:
+  """Collectives as JSON has them."""
+  return [dataclasses.asdict(c) | {'sent': c.sent} for c in found]
+
+
 def run(case: str) -> dict:
   """What the step of a case communicates, and what it computes there and on one device."""
   axes, experts, accumulation = CASES[case]
@@ -135,8 +93,8 @@ def run(case: str) -> dict:
       'difference': {n: float(np.abs(np.asarray(one[n]) - np.asarray(many[n])).max())
                      for n in one},
       'strays': [n for n in many if not many[n].sharding.is_equivalent_to(lies[n], many[n].ndim)],
-      'step': collectives(step.as_text(), mesh),
-      'forward': collectives(forward.lower(params, batches[0]).compile().as_text(), mesh),
+      'step': plain(collectives(step.as_text(), mesh)),
+      'forward': plain(collectives(forward.lower(params, batches[0]).compile().as_text(), mesh)),
       'leaves': {n: {'shape': list(x.shape), 'local': list(s.shard_shape(x.shape)),
                      'without_fsdp': list(NamedSharding(mesh, PartitionSpec(
                          *(None if a == 'fsdp' else a for a in s.spec))).shard_shape(x.shape))}
@@ -172,7 +130,8 @@ def beside(case: str) -> dict:
   text = lifted._step.lower(lifted.states[0], rows, {}).compile().as_text()
   numbers = [[out() for out in lifted.step(batch)] for batch in batches]
   alone = models.jit(make_step(model, optimizer, domains=1, balanced=True))
-  out = {'mesh': dict(program.mesh.shape), 'step': collectives(text, program.mesh), 'runs': []}
+  out = {'mesh': dict(program.mesh.shape), 'step': plain(collectives(text, program.mesh)),
+         'runs': []}
   for run in range(count):
     one, metrics = train(alone, fresh(run), [batch[run] for batch in batches])
     many = tree.flatten(lifted.state(run)[0])

@@ -277,9 +277,3 @@ def test_an_error_in_the_background_is_raised_once(tmp_path, monkeypatch):
   c.close()
   c.close()
   assert latest(tmp_path) == (2, [])
-
-
-def test_more_than_one_process_is_refused(tmp_path, monkeypatch):
-  monkeypatch.setattr(jax, 'process_count', lambda: 2)
-  with pytest.raises(DemixError, match='2 processes'), Checkpoints(tmp_path) as c:
-    c.save(1, state_of(1), {})

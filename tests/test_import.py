@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 # brings its parts, and `config` stands above the loop, which takes a whole Config.
 LEVELS = (
     'errors settings digests workdir progress',
-    'layers tree loss metrics clock data merge',
+    'layers tree loss metrics clock data merge processes',
     'transformer sharding optimizer',
     'params',
     'state',
@@ -33,6 +33,7 @@ LEVELS = (
     'analysis',
     'language_model',
     'multiple_choice',
+    'analysis',
     'verbs sweep',
     '__main__',
 )

@@ -14,10 +14,10 @@ import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 from models import drawn, tiny
-from sharded_program import BESIDE, CASES, collectives, replica_groups
+from sharded_program import BESIDE, CASES
 
 from demix import sharding, tree
-from demix.errors import BadInput
+from demix.errors import BadInput, Refused
 from demix.sharding import MeshConfig
 
 ROOT = Path(__file__).parents[1]
@@ -75,13 +75,72 @@ def test_a_leaf_without_a_rule_is_named():
 
 
 @pytest.mark.parametrize('axes,named', [
-    (dict(expert=3), r'4 experts over mesh axis expert=3: .* for expert: \[1, 2, 4\]'),
-    (dict(expert=8), '4 experts over mesh axis expert=8'),
     (dict(model=5), r'dimension of \S+ over mesh axis model=5'),
     (dict(fsdp=32), r'16 dimension of \S+ over mesh axis fsdp=32: .* \[1, 2, 4, 8, 16\]')])
 def test_what_does_not_divide_is_refused_with_the_numbers(axes, named):
   with pytest.raises(BadInput, match=named):
     sharding.shardings(mesh_of(**axes), tiny().abstract)
+
+
+@pytest.mark.parametrize('axes,devices,experts,named', [
+    (dict(expert=4), 8, 6, '6 experts over mesh axis expert=4 on 8 devices.* mesh.expert=2$'),
+    (dict(expert=8), 8, 4, '4 experts over mesh axis expert=8 on 8 devices.* mesh.expert=4$'),
+    (dict(expert=3), 12, 4, '4 experts .*expert=3 on 12 .* mesh.expert=2 or mesh.expert=4$'),
+    (dict(expert=3, model=2), 8, 4, '.* mesh.expert=2 or mesh.expert=4$'),
+    (dict(expert=-1, data=1), 8, 4, '4 experts over mesh axis expert=8'),
+    (dict(expert=3, model=3), 8, 4, 'none with the other axes')])
+def test_experts_that_cannot_be_shared_out_are_refused_with_three_numbers_and_what_works(
+    axes, devices, experts, named):
+  with pytest.raises(BadInput, match=named):
+    sharding.make_mesh(MeshConfig(**axes), jax.devices()[:1] * devices, experts)
+
+
+def test_more_domains_than_devices_and_fewer():
+  for axes, experts in ((dict(expert=2), 16), (dict(expert=2, data=4), 2), (dict(expert=8), 8)):
+    model = tiny(experts=tuple(f'd{e}' for e in range(experts)))
+    where = tree.flatten(sharding.shardings(mesh_of(**axes), model.abstract))
+    leaf = tree.flatten(model.abstract)['block_0/ffn/experts/up']
+    shape = where['block_0/ffn/experts/up'].shard_shape(leaf.shape)
+    assert shape[1] == experts // axes['expert']
+
+
+def replicated(monkeypatch, rule, share=0.05, **axes):
+  monkeypatch.setattr(sharding, 'RULES', ((r'/router/gate$', rule), *sharding.RULES))
+  like = lambda *shape: jax.ShapeDtypeStruct(shape, np.float32)
+  params = {'block_0': {'attention': {'q': like(2, 512, 512), 'q_bias': like(2, 512)},
+                        'router': {'gate': like(2, 512, 512)}}}
+  sharding.check_replicated(mesh_of(**axes), params, share)
+
+
+@pytest.mark.parametrize('axis', ['fsdp', 'model'])
+def test_much_that_is_whole_on_every_device_by_accident_is_refused_by_name(monkeypatch, axis):
+  rule = tuple(None if a == axis else a for a in ('fsdp', 'model'))
+  named = rf'{axis}=2 leaves 50% .* 5% may be: block_0/router/gate \(2.1MB\)'
+  with pytest.raises(Refused, match=named):
+    replicated(monkeypatch, rule, **{axis: 2})
+  replicated(monkeypatch, rule, share=0.6, **{axis: 2})  # allowed
+  replicated(monkeypatch, rule, data=2)  # meant
+  replicated(monkeypatch, ('fsdp', 'model'), **{axis: 2})
+
+
+def test_experts_that_are_whole_on_every_device_are_refused(monkeypatch):
+  monkeypatch.setattr(sharding, 'RULES', ((r'/experts/up$', (None, 'fsdp', 'model')),
+                                          *sharding.RULES))
+  like = lambda *shape: jax.ShapeDtypeStruct(shape, np.float32)
+  params = {'block_0': {'ffn': {'experts': {'up': like(2, 4, 512, 512),
+                                            'down': like(2, 4, 512, 512)}}}}
+  with pytest.raises(Refused, match=r'expert=4 leaves 50% .*ffn/experts/up'):
+    sharding.check_replicated(mesh_of(expert=4), params, 0.05)
+
+
+@pytest.mark.parametrize('axes', [{}, dict(expert=4, data=2), dict(fsdp=2, model=2, expert=2)])
+def test_on_the_way_to_a_checkpoint_no_device_has_a_whole_state(axes):
+  model, mesh = tiny(), mesh_of(**axes)
+  leaves = jax.eval_shape(model.canonical, model.abstract)
+  where = sharding.spread(mesh, leaves)
+  held = sum(np.prod(where[n].shard_shape(x.shape)) for n, x in leaves.items())
+  whole = sum(np.prod(x.shape) for x in leaves.values())
+  assert whole / mesh.size <= held <= 1.05 * whole / mesh.size
 
 
 def test_rows_that_do_not_divide_are_refused_with_the_numbers():
@@ -100,42 +159,6 @@ def test_a_mesh_that_does_not_fit_is_refused_with_all_sizes(axes):
   with pytest.raises(BadInput, match=re.escape(f'mesh {text} does not fit 1 devices')):
     sharding.make_mesh(MeshConfig(**axes), jax.devices()[:1])
   assert sharding.make_mesh(MeshConfig(), jax.devices()[:1]).size == 1
-
-
-# ---- the reader of compiled programs
-
-@pytest.mark.parametrize('spelling,groups', [
-    ('replica_groups={{0,1},{2,3},{4,5},{6,7}}', '01 23 45 67'),
-    ('replica_groups=[4,2]<=[8]', '01 23 45 67'),
-    ('replica_groups=[2,4]<=[4,2]T(1,0)', '0246 1357'),
-    ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_1'}", '01 23 45 67'),
-    ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}", '0246 1357'),
-    ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}", '0246 1357'),
-    ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}", '0145 2367'),
-    ('channel_id=1', '01234567'), ('replica_groups={}', '01234567')])
-def test_the_reader_knows_every_spelling_of_groups(spelling, groups):
-  line = f'%x = f32[4,20]{{1,0}} all-reduce(%y), channel_id=2, {spelling}, to_apply=%add'
-  found = replica_groups(line, 8)
-  assert found == {frozenset(map(int, g)) for g in groups.split()}
-
-
-class Grid:
-  """What `collectives` reads of a mesh: 4 groups of experts of 2 devices each."""
-  axis_names, size = ('expert', 'data'), 8
-  devices = np.array([type('Device', (), {'id': i})() for i in range(8)]).reshape(4, 2)
-
-
-def test_the_reader_finds_shapes_and_axes():
-  text = """
-    %a = (f32[1,20]{1,0}, f32[]) all-reduce(%b, %c), replica_groups=[4,2]<=[8], to_apply=%add
-    %d = f32[8,20]{1,0} all-gather-start(%e), replica_groups={{0,2,4,6},{1,3,5,7}}, dimensions={0}
-    %f = s32[3]{0} collective-permute(%g), source_target_pairs={{0,1},{1,0}}
-    %h = f32[3]{0} add(%a, %d)
-  """
-  assert collectives(text, Grid) == [
-      {'op': 'all-reduce', 'shapes': [[1, 20], []], 'axes': ['data']},
-      {'op': 'all-gather', 'shapes': [[8, 20]], 'axes': ['expert']},
-      {'op': 'collective-permute', 'shapes': [[3]], 'axes': ['data']}]
 
 
 # ---- the compiled step

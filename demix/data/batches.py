@@ -115,10 +115,12 @@ class Batches:
     seed: of all shuffles.
     split: which split to draw from.
     symbols: ids of the <domain> symbols, or None.
+    rows: ascending rows of every batch to read, those of this process (demix/sharding.py); the
+      others are not touched. None: all.
   """
 
   def __init__(self, store: TokenStore, config: DataConfig, seed: int, *, split: str = 'train',
-               symbols=None):
+               symbols=None, rows=None):
     self.config, self.domains = config, config.domains
     sources = [sequences(store, name, split, config.body_length, config.packing)
                for name in self.domains]
@@ -127,11 +129,11 @@ class Batches:
     self._scheduled = schedule.ScheduledTurns(knots, config.schedule_kind, config.batch_size) \
         if knots else None
     largest = [max(s[n] for _, s in knots) for n in self.domains] if knots else self.shares
-    for name, source, share in zip(self.domains, sources, largest):
-      rows = max(1, round(share * config.batch_size)) if share else 0
-      if len(source) < rows:
+    for name, source, part in zip(self.domains, sources, largest):
+      needed = max(1, round(part * config.batch_size)) if part else 0
+      if len(source) < needed:
         raise BadInput(f'{store.path}/{name}/{split}: {len(source)} sequences of '
-                       f'{config.sequence_length} tokens, one batch needs {rows}: add text, or '
+                       f'{config.sequence_length} tokens, one batch needs {needed}: add text, or '
                        'lower data.batch_size or data.sequence_length')
     # Seeds go by the place in the list, so that a renamed domain sees the same shuffles.
     datasets = [
@@ -139,14 +141,15 @@ class Batches:
         .repeat(None).slice(slice(0, _ENDLESS))
         .map(_Tag(place, symbols[place] if symbols is not None else None))
         for place, source in enumerate(sources)]
-    size = config.batch_size
     if config.sampling == 'balanced':
-      each = [d.batch(size // len(datasets), batch_fn=stack) for d in datasets]
-      self._batches = grain.experimental.ZipMapDataset(each).map(_concatenate)
+      size = config.batch_size // len(datasets)
+      each = [share(d, size, _inside(rows, place * size, size)) for place, d in enumerate(datasets)]
+      self._batches = grain.experimental.ZipMapDataset(
+          [d for d in each if d is not None]).map(_concatenate)
     else:
       turns = self._scheduled or Turns(self._raw_shares())
       mixed = grain.MapDataset.select_from_datasets(datasets, turns)
-      self._batches = mixed.batch(size, batch_fn=stack)
+      self._batches = share(mixed, config.batch_size, rows)
 
   def _raw_shares(self) -> list:
     kind = self.config.sampling
@@ -175,6 +178,34 @@ class Batches:
               for n, x in zip(self.domains, exact)}
     rows = batches * self.config.batch_size
     return {n: rows * s / max(1, self.lengths[n]) for n, s in zip(self.domains, self.shares)}
+
+
+def share(dataset, size: int, rows=None):
+  """Batches of `size` rows in order, or of those `rows` of them only (None when there are none)."""
+  if rows is None or len(rows) == size:
+    return dataset.batch(size, batch_fn=stack)
+  if not len(rows):
+    return None
+  return grain.MapDataset.source(_Rows(dataset, size, rows)).batch(len(rows), batch_fn=stack)
+
+
+def _inside(rows, start: int, size: int):
+  """Of `rows`, those from `start` on, as rows of that domain's `size`."""
+  return None if rows is None else [r - start for r in rows if start <= r < start + size]
+
+
+class _Rows:
+  """The rows of a dataset that are at some places of each batch of `size`."""
+
+  def __init__(self, dataset, size, places):
+    self.dataset, self.size, self.places = dataset, size, [int(p) for p in places]
+
+  def __len__(self):
+    return len(self.dataset) // self.size * len(self.places)
+
+  def __getitem__(self, k):
+    batch, place = divmod(k, len(self.places))
+    return self.dataset[batch * self.size + self.places[place]]
 
 
 class Turns:

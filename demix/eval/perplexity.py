@@ -9,7 +9,7 @@ import math
 import jax
 import numpy as np
 
-from demix import loss
+from demix import loss, processes
 from demix.data.batches import domain_row, stack
 from demix.data.packing import Stream, empty_row
 from demix.data.store import TokenStore
@@ -69,7 +69,8 @@ def windows(store: TokenStore, parts, body: int, stride: int = 0, limit: int = 0
 
 
 def evaluate(model: Model, params, store: TokenStore, parts, *, length: int, batch_size: int = 32,
-             stride: int = 0, limit: int = 0, symbols=None, progress=None) -> list[Score]:
+             stride: int = 0, limit: int = 0, symbols=None, progress=None,
+             place=lambda batch: batch) -> list[Score]:
   """Scores all `parts` in one pass: rows of all of them share batches.
 
   Args:
@@ -82,6 +83,7 @@ def evaluate(model: Model, params, store: TokenStore, parts, *, length: int, bat
     limit: windows per part, the first ones; 0: all.
     symbols: ids of the <domain> symbols by route, or None.
     progress: called with the number of windows done, or None.
+    place: puts a batch where the parameters are; all processes of a run have the whole batch.
 
   Returns:
     One Score per part.
@@ -101,7 +103,7 @@ def evaluate(model: Model, params, store: TokenStore, parts, *, length: int, bat
   scores = [Score() for _ in parts]
 
   def collect(chunk, result, batch):
-    nll_BL = np.asarray(result, np.float64)
+    nll_BL = processes.whole(result).astype(np.float64)
     weights = batch['weights_BL']
     size = store.token_bytes_V[np.minimum(batch['targets_BL'], store.vocab_size - 1)]
     for row, (i, _, _) in enumerate(chunk):
@@ -117,7 +119,7 @@ def evaluate(model: Model, params, store: TokenStore, parts, *, length: int, bat
             for i, stream, w in chunk]
     batch = stack(rows + [padding] * (batch_size - len(rows)))
     used = {n: batch[n] for n in ('tokens_BL', 'targets_BL', 'domain_B')}
-    result = token_nll(model, params, used)  # dispatched; read after the next one is
+    result = token_nll(model, params, place(used))  # dispatched; read after the next one is
     if pending:
       collect(*pending)
     pending = chunk, result, batch

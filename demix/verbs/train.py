@@ -1,5 +1,9 @@
 """train: anything that moves weights. The same workdir again resumes."""
 
+import contextlib
+import re
+from pathlib import Path
+
 from absl import flags
 
 from demix.errors import BadInput
@@ -22,6 +26,8 @@ def run(argv: list[str]) -> int:
     return _train(argv, None)
   if early.workdir.startswith('--'):  # `--workdir --config.seed=1` would make that folder
     raise BadInput(f'--workdir={early.workdir}: a flag, not a folder: --workdir=W')
+  if any(re.match('--?config.mesh.processes(=|$)', arg) for arg in argv):
+    return _train(argv, None)
   with workdir.hold(early.workdir, 'train') as held:
     return _train(argv, held)
 
@@ -34,6 +40,26 @@ def _train(argv, held) -> int:
   given, config = verb.parse(argv)
   require(given.workdir, 'workdir', 'where the run keeps its config, metrics and checkpoints')
   require(config.data.path, 'config.data.path', 'the token store that `prepare` wrote')
+  config.mesh.check()
   from demix import train
-  train.run(config, held)
+  if held:
+    if config.mesh.processes != 1:
+      raise BadInput(f'mesh.processes={config.mesh.processes} in the config file: it says how the '
+                     'run is started, before the file is read; give it as a flag, '
+                     f'--config.mesh.processes={config.mesh.processes}')
+    train.run(config, held)
+    return 0
+  return _train_together(config, Path(given.workdir))
+
+
+def _train_together(config, path) -> int:
+  """In several processes; the first one holds the workdir."""
+  from demix import processes, train, workdir
+  mesh = config.mesh
+  with (processes.joined(mesh.processes, mesh.process, mesh.coordinator, mesh.patience),
+        contextlib.ExitStack() as stack):
+    take = lambda: processes.first() and stack.enter_context(workdir.hold(path, 'train'))
+    processes.agreed(take)
+    processes.agreed(lambda: workdir.check_shared(path))
+    train.run(config, path)
   return 0

@@ -106,6 +106,31 @@ def test_batch_t_depends_on_seed_and_t_only(store, kind):
   assert all(np.any(another[t]['targets_BL'] != by_number[t]['targets_BL']) for t in range(40))
 
 
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('shares', [[(0, 1, 2, 3), (4, 5, 6, 7)], [(0, 3, 5), (1, 2, 4, 6, 7)]])
+def test_processes_read_their_rows_of_the_same_batches_and_no_others(store, kind, shares):
+  whole = make(store, **KINDS[kind])
+  made = config(**KINDS[kind])
+  symbols = tuple(range(1000, 1000 + len(made.domains))) if made.domain_token else None
+  for rows in shares:
+    part = Batches(store, made, 0, symbols=symbols, rows=rows)
+    for t in (0, 7, 31):
+      same(part[t], {name: x[list(rows)] for name, x in whole[t].items()})
+    same(next(part.iterate(3)), part[3])
+    assert part.epochs(5) == whole.epochs(5)
+
+
+def test_a_process_opens_no_row_of_another(store, monkeypatch):
+  read = []
+  from demix.data import batches
+  row = batches.domain_row
+  monkeypatch.setattr(batches, 'domain_row',
+                      lambda r, place, symbol: read.append(place) or row(r, place, symbol))
+  part = Batches(store, config(), 0, rows=(0, 1, 2, 3))  # of the first two domains
+  part[5]
+  assert read == [0, 0, 1, 1]
+
+
 def test_balanced_batches_are_expert_major_with_equal_rows_of_their_own_domain(store):
   batches = make(store)
   own = [set(texts_of(store, d)) for d in corpus.DOMAINS]
