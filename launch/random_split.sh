@@ -4,7 +4,7 @@
 #   launch/random_split.sh [--workdir DIR]      DIR: that of launch/quickstart.sh, run before
 #
 # Experts of a random split have nothing to know apart, so mixing them should gain nothing over
-# dense. Ends with a table, about five minutes on 2 cores; again with the same DIR it goes on.
+# dense: a DEMix LM and an ELMforest. Ends with a table; again with the same DIR it goes on.
 set -euo pipefail
 here="$PWD"
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -53,8 +53,11 @@ for arm in dense demix; do
   python -m demix train --config=configs/quickstart.py:$arm --config.data.path="$out/corpus" \
     --config.data.domains="$parts" --workdir="$out/$arm"
 done
+[ -f "$out/forest/forest.json" ] || python -m demix forest plan --forest="$out/forest" \
+  --config=configs/forest_controls.py:random_split --data="$out/corpus"
+python -m demix forest run --forest="$out/forest"
 [ -f "$out/results.json" ] || { python -m demix evaluate --model="$out/dense" \
-  --model="$out/demix" --data="$out/corpus" --mix=given,average,uniform,updating,cached \
+  --model="$out/demix" --model=forest=forest:"$out/forest" --data="$out/corpus" --mix=given,average,uniform,updating,cached \
   --out="$out/results.json" > "$out/table.txt"; }
 cat "$out/table.txt"
 echo; echo "Everything lies in $out"; echo "took $((SECONDS - started))s after installation"

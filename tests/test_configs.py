@@ -34,6 +34,9 @@ ARGS = {
     'mix.py': ('', 'average', 'uniform', 'updating', 'cached', 'released', 'top2', 'decayed',
                'window', 'logits', 'pick', 'clusters', 'clusters_released', 'clusters_top2'),
     'forest_quickstart.py': ('', '0.5'),
+    'forest_controls.py': ('', 'no_seed', 'random_split', 'seed_shares'),
+    'forest_rounds.py': ('', '1', '2'),
+    **{f'papers/btm/{plan}.py': ('', *SIZES) for plan in ('forest', 'curriculum')},
     'forest_clusters.py': ('', '4'),
     'importance.py': ('',),
     'adapt.py': ('', 'demix', 'dense', 'dense_ffn'),
@@ -100,9 +103,8 @@ def test_a_way_of_mixing_can_be(arg):
 
 
 @pytest.mark.parametrize(('name', 'arg'), [
-    c for c in CASES if c[0] not in (
-        'quickstart_corpus.py', 'corpora/demix_eight.py', 'mix.py', 'forest_quickstart.py',
-        'forest_clusters.py')])
+    c for c in CASES if c[0] not in ('quickstart_corpus.py', 'corpora/demix_eight.py', 'mix.py')
+    and 'forest' not in c[0] and 'btm' not in c[0]])
 def test_a_config_builds(name, arg):
   """Its model, optimizer and one update with gradients, traced for the whole batch."""
   config = completed(name, arg)
