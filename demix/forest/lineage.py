@@ -1,5 +1,11 @@
 """Where a checkpoint comes from, by what its meta.json says: content digests, not paths."""
 
+import os
+from pathlib import Path
+
+from demix import catalogue
+from demix.errors import BadInput
+
 
 def ancestors(meta: dict) -> set:
   """Content digests that a checkpoint goes back to: its own, those of what its run started from,
@@ -29,3 +35,33 @@ def parents(meta: dict) -> dict:
     return out
   init = meta.get('init')
   return {init['content_digest']: 1.0} if init else {}
+
+
+def phases(workdir, meta: dict) -> dict:
+  """What a checkpoint and all that it goes back to cost: {workdir: ledger}, each phase once.
+
+  Args:
+    workdir, meta: of the checkpoint. What its run started from is left out if it is not there any
+      more; an average knows its own phases.
+  """
+  out = next((dict(r['phases']) for r in reversed(meta.get('lifecycle', ())) if 'phases' in r), {})
+  own = {k: x - sum(p[k] for p in out.values()) for k, x in meta['ledger'].items()}
+  if own['tokens'] > 0:
+    out[os.path.realpath(workdir)] = own
+  if init := meta.get('init'):
+    try:
+      before = catalogue.read_meta(Path(init['workdir']) / 'checkpoints', init['step'])
+    except BadInput:
+      return out
+    out = together(out, phases(init['workdir'], before))
+  return out
+
+
+def together(*found: dict) -> dict:
+  """Phases of several checkpoints; of one workdir the longest."""
+  out = {}
+  for phases in found:
+    for workdir, ledger in phases.items():
+      if workdir not in out or ledger['tokens'] > out[workdir]['tokens']:
+        out[workdir] = ledger
+  return out

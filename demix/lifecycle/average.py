@@ -265,8 +265,9 @@ def write_result(target: Path, parents: dict, state: dict, record: dict):
     other = saved.card()
     for d in saved.config.data.domains:
       card = with_entry(card, d, other, d)
-  ledger = {k: sum(s.meta['ledger'][k] for s in parents.values())
-            for k in ('tokens', 'flops', 'seconds')}
+  phases = lineage.together(*(lineage.phases(s.workdir, s.meta) for s in parents.values()))
+  ledger = {k: sum(phase[k] for phase in phases.values()) for k in ('tokens', 'flops', 'seconds')}
+  record = record | {'phases': phases}
   config = with_domains(dataclasses.replace(first.config, init=InitConfig()), domains)
   meta = {n: x for n, x in first.meta.items() if n not in ('init', 'lifecycle')}
   meta['identity'] = {n: x for n, x in meta['identity'].items() if not n.startswith('init.')}

@@ -54,7 +54,9 @@ def test_given_weights_are_the_weighted_sum_and_name_their_parents(branches, tmp
       (n, w, leaves(branches[n])['content_digest']) for n, w in zip(DOMAINS, (0.3, 0.7))]
   assert leaves(models['dense'])['content_digest'] in record['ancestors']
   assert meta['domains'] == list(DOMAINS) and 'init' not in meta
-  assert meta['ledger']['tokens'] == 2 * 4 * 2 * 32
+  # Both branches and, once, the model that they came from.
+  assert meta['ledger']['tokens'] == 2 * 4 * 2 * 32 + 40 * 8 * 32
+  assert sum(p['tokens'] for p in record['phases'].values()) == meta['ledger']['tokens']
 
 
 def test_copies_and_one_hot_weights_are_that_model_to_the_bit(branches, models, tmp_path):
