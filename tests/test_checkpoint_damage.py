@@ -133,7 +133,7 @@ def test_a_digests_file_that_points_outside_opens_nothing(copy):
   (copy / 'outside').write_text('x')
   seal = json.loads((copy / '10/digests.json').read_bytes())
   del seal['self']
-  seal['files']['../outside'] = {'size': 1, 'xxh3_128': digests._of_file(copy / 'outside')}
+  seal['files']['../outside'] = {'size': 1, 'xxh3_128': digests.of_file(copy / 'outside')}
   (copy / '10/digests.json').write_bytes(digests.canonical(seal | {'self': digests._self(seal)}))
   assert checkpoint.verify(copy, 10) == ['../outside: missing']
 

@@ -40,7 +40,7 @@ def run(directory, moment, tell):
     setattr(module, name, call)
   if moment == 'before meta': at(checkpoint, 'write_atomic', True)
   if moment == 'before seal': at(digests, 'seal', True)
-  if moment == 'during seal': at(digests, '_of_file', True)
+  if moment == 'during seal': at(digests, 'of_file', True)
   if moment == 'after seal': at(digests, 'seal', False)
   if moment == 'after rename': at(checkpoint.Path, 'rename', False)
   if moment == 'while deleting': at(checkpoint.shutil, 'rmtree', True)
