@@ -165,12 +165,16 @@ def test_branches_start_from_what_the_plan_says(copy, stores, tmp_path):
   assert not (copy / 'experts/legal').exists()
 
 
-def test_a_prior_over_it_is_tainted_when_an_expert_goes(copy, stores, tmp_path):
+def test_a_prior_over_it_and_a_clusterer_are_tainted_when_an_expert_goes(copy, stores, tmp_path):
+  made = runs.demix('prepare', f'--input={stores.bytes}', f'--out={tmp_path}/clusters',
+                    '--discover=2')
+  assert made.code == 0, made
   ended = runs.demix('evaluate', f'--model=forest:{copy}', f'--data={stores.bytes}', '--mix=cached',
                      '--domains=code', '--mix.blocks=4', f'--save_priors={tmp_path}/priors.json')
   assert ended.code == 0, ended
   said = forest('remove', f'--forest={copy}', '--expert=verse').out
   assert 'priors.json: a prior over experts with verse' in said
+  assert 'clusters/clusterer: a clusterer that was fitted on text of verse' in said
 
 
 def test_evaluating_with_a_fixed_prior_reads_k_experts(copy, stores, monkeypatch):

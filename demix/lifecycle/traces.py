@@ -1,5 +1,5 @@
 """What still holds an expert or its data once it is removed: checkpoints, runs that started from
-it, runs on its domain, priors that were estimated with it.
+it, runs on its domain, priors that were estimated with it, clusterers that were fitted on it.
 
 What is found is what files below the searched folders say of themselves; copies elsewhere are not
 known here.
@@ -32,7 +32,7 @@ def find(expert: str, history: list, left: tuple, new: Path, model: Path, folder
                         if r['operation'] == 'add' and r['expert'] == expert}
   own = _started(expert, history, left)
   out = [_entry(new, [], [f'expert {e} was started from {expert}' for e in own])] if own else []
-  runs, priors = _walk(folders)
+  runs, priors, stores = _walk(folders)
   if model.resolve() not in {r.resolve() for r in runs}:
     runs.insert(0, model)
   found = [(run, step, *_read(run, step)) for run in runs
@@ -52,13 +52,13 @@ def find(expert: str, history: list, left: tuple, new: Path, model: Path, folder
     if steps:
       reasons = dict.fromkeys(reason for s in steps for reason in why[run, s])
       out.append(_entry(run, [*map(str, steps), *_bad(run)], reasons))
-  return out + priors_of(expert, priors)
+  return out + priors_of(expert, priors) + clusterers_of(domains, stores)
 
 
 def find_whole(name: str, entry: dict, workdir: Path, folders) -> list[dict]:
   """All traces of an expert of a forest outside its own workdir, by content digest: copies of it,
   averages that it is part of, runs that started from any of these, runs on its domains, priors over
-  it, clusters made of its text.
+  it, clusterers fitted on its text.
 
   Args:
     name: of the expert. entry: of the manifest. workdir: the expert's, which is about to go.
@@ -72,7 +72,7 @@ def find_whole(name: str, entry: dict, workdir: Path, folders) -> list[dict]:
     meta, _ = _read(workdir, step)
     own |= {meta['content_digest']} if meta else set()
   held = set(own)
-  runs, priors = _walk(folders)
+  runs, priors, stores = _walk(folders)
   runs = [r for r in runs if r.resolve() != workdir.resolve()]
   found = [(run, step, *_read(run, step)) for run in runs
            for step in catalogue.steps(run / 'checkpoints')]
@@ -95,7 +95,7 @@ def find_whole(name: str, entry: dict, workdir: Path, folders) -> list[dict]:
     if steps:
       reasons = dict.fromkeys(reason for s in steps for reason in why[run, s])
       out.append(_entry(run, [*map(str, steps), *_bad(run)], reasons))
-  return out + priors_of(name, priors, own)
+  return out + priors_of(name, priors, own) + clusterers_of(entry['domains'], stores)
 
 
 def _whole_reasons(meta, own, held) -> list[str]:
@@ -169,9 +169,10 @@ def _bad(run) -> list[str]:
                 if e.is_dir() and ('.bad' in e.name or '.saving-' in e.name))
 
 
-def _walk(folders) -> tuple[list[Path], list[Path]]:
-  """(workdirs, priors files) below the folders, each once; links are not followed."""
-  runs, priors, seen = [], [], set()
+def _walk(folders) -> tuple[list[Path], list[Path], list[Path]]:
+  """(workdirs, priors files, stores with a clusterer) below the folders, each once; links are not
+  followed."""
+  runs, priors, stores, seen = [], [], [], set()
   for folder in folders:
     for path, names, files in os.walk(folder):
       names.sort()
@@ -182,8 +183,10 @@ def _walk(folders) -> tuple[list[Path], list[Path]]:
       if 'checkpoints' in names:
         names.remove('checkpoints')
         runs.append(Path(path))
+      if 'clusterer' in names and 'card.json' in files:
+        stores.append(Path(path))
       priors += [Path(path) / f for f in sorted(fnmatch.filter(files, PRIORS))]
-  return runs, priors
+  return runs, priors, stores
 
 
 def priors_of(expert: str, files, digests=()) -> list[dict]:
@@ -199,4 +202,21 @@ def priors_of(expert: str, files, digests=()) -> list[dict]:
           break
     except (OSError, ValueError, KeyError, TypeError):
       out.append(_entry(file, [], ['priors that cannot be read: look for yourself']))
+  return out
+
+
+def clusterers_of(domains, stores) -> list[dict]:
+  """Entries for the clusterers of stores that were fitted on text of one of the domains, whether
+  the domain is a label that was pooled or one of the clusters."""
+  out = []
+  for store in stores:
+    try:
+      card = json.loads((store / 'card.json').read_bytes())
+      saw = [d for d in (*card['clusterer']['labels'], *card['domains']) if d in domains]
+    except (OSError, ValueError, KeyError, TypeError):
+      out.append(_entry(store, [], ['a card that cannot be read: look for yourself']))
+      continue
+    if saw:
+      out.append(_entry(store / 'clusterer', [],
+                        [f'a clusterer that was fitted on text of {", ".join(saw)}']))
   return out
