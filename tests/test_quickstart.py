@@ -41,21 +41,24 @@ def test_quickstart_continues_where_it_was_killed_and_ends_in_a_table(tmp_path):
   assert re.search(r'resumed +at step \d00', out), out
   results = json.loads((workdir / 'results.json').read_text())
   domains = ['code', 'cplusplus', 'docstrings', 'sessions', 'cython']
-  assert results['heldout'] == ['cython'] and list(results['runs']) == ['dense', 'demix']
+  arms = ['dense', 'demix', 'forest', 'average']
+  assert results['heldout'] == ['cython'] and list(results['runs']) == arms
   ways = [(None, None), ('none', None), *((prior, posterior) for prior in (
       'uniform', 'updating', 'cached') for posterior in ('prefix', 'last_token'))]
   assert [(r['run'], r['prior'], r['posterior'], r['domain']) for r in results['rows']] == [
-      ('dense', None, None, d) for d in domains] + [
-      ('demix', *way, d) for way in ways for d in domains]
-  dense, demix = results['runs']['dense'], results['runs']['demix']
-  assert dense['train_tokens'] == demix['train_tokens'] == 600 * 8 * 128
+      (run, *way, d) for run in arms for way in (ways if run in ('demix', 'forest') else ways[:1])
+      for d in domains]
+  dense, demix, forest, average = (results['runs'][arm] for arm in arms)
+  assert {run['train_tokens'] for run in results['runs'].values()} == {600 * 8 * 128}
   assert dense['params_active'] == demix['params_active'] < demix['params_total']
+  assert dense['params_active'] == forest['params_active'] == average['params_total']
+  assert forest['params_total'] == 4 * dense['params_total']
   for row in results['rows']:
     # Far below a uniform guess (2048): it learned; and not below what a 1M model could.
     assert 20 < row['perplexity'] < 400
     assert math.isclose(row['perplexity'], math.exp(row['nll']))
     if row['domain'] != 'cython':
-      single = 'none' if row['run'] == 'dense' else f'expert:{row["domain"]}'
+      single = f'expert:{row["domain"]}' if row['run'] in ('demix', 'forest') else 'none'
       mixed = row['prior'] is not None
       assert row['mix'] == ('ensemble' if mixed else single)
   # The prior that is estimated on a domain's dev text knows the domain.
