@@ -135,7 +135,7 @@ CASES = [
     (TRAIN + 'new --config.data.batch_size=6', 2, 'not a multiple of 4 domains'),
     (TRAIN + 'new --config.data.batch_size=4000', 2, 'of 32 tokens, one batch needs 1000'),
     (TRAIN + 'new --config.model.heads=3', 2, 'd_model=16 is not a multiple of heads=3'),
-    (TRAIN + 'new --config.mesh.expert=3', 2, 'does not fit 1 devices'),
+    (TRAIN + 'new --config.mesh.expert=3', 2, 'mesh axis expert=3 on 1 devices: not a multiple'),
     (TRAIN + 'file', 2, 'file: not a directory'),
     (TRAIN + 'file/W', 2, 'file/W: not a directory'),
     (TRAIN + 'W --config.seed=1 --config.model.d_model=8', 2, 'model.d_model: 16 → 8'),

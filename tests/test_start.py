@@ -95,7 +95,8 @@ def test_what_was_resolved_is_recorded_and_identity(models, frozen):
   saved = json.loads((frozen / 'config.json').read_text())
   expected = {'model': str(models['demix']), 'workdir': str(models['demix']), 'step': 40,
               'content_digest': parent['content_digest'], 'expert': 'legal', 'asked': 'legal',
-              'posterior': None, 'schedule_steps': 40}
+              'posterior': None, 'schedule_steps': 40,
+              'ancestors': [parent['content_digest']]}
   assert meta['init'] == saved['init'] == expected
   assert meta['identity'] == saved['identity']
   own = {k: v for k, v in meta['identity'].items() if k.startswith('init.')}

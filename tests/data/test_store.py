@@ -38,7 +38,7 @@ def test_layout_is_the_contract_and_numpy_is_enough_to_read_it(made):
   assert {p.name for p in (folder / 'tokenizer').iterdir()} == {'meta.json', 'token_bytes.npy'}
   card = json.loads((folder / 'card.json').read_text())
   assert set(card) == {'version', 'tokenizer', 'domains', 'duplicates', 'inputs', 'config',
-                       'fingerprint'}
+                       'fingerprint', 'leakage', 'vocabulary'}
   meta = json.loads((folder / 'tokenizer/meta.json').read_text())
   assert card['tokenizer'] == meta and card['version'] == 1
   assert set(meta) == {'version', 'kind', 'vocab_size', 'eod_id', 'fingerprint'}
