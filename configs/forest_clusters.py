@@ -8,8 +8,8 @@
 The paper's claim (Figure 1): K experts on K clusters beat one dense LM trained on as many tokens.
 Budgets as there: every branch makes equally many updates, with a batch K times smaller than dense,
 so all K are tokens for tokens dense's second half (recipe of configs/quickstart.py, 600 updates).
-The paper's seed is OPT; here it is dense's first half, on all clusters in proportion to their size, and moments
-and schedule go on as dense's do. `launch/cbtm.sh` runs it, its controls and dense.
+The paper's seed is OPT; here it is dense's first half, on all clusters in proportion to their size,
+and moments and schedule go on as dense's do. `launch/cbtm.sh` runs it, its controls and dense.
 """
 
 from ml_collections import ConfigDict
