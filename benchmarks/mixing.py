@@ -1,11 +1,11 @@
 """What mixing costs: above the members' forward passes, with fewer members, and in generation.
 
-  python benchmarks/mixing.py [--size=1m|10m] [--repeats=9] [--json=FILE]
+  python benchmarks/mixing.py [--of=demix|forest] [--size=1m|10m] [--repeats=9] [--json=FILE]
 
-A DEMix LM with 8 experts, random parameters and ids. Scoring: the dense forward pass, the members'
-passes alone, and with evidence, gate and combine on top, take turns. Generation: greedy, from a
-prompt of a quarter of the context, by a fixed prior's k largest experts; a text is timed without
-compilation.
+A DEMix LM with 8 experts, or a forest of 8 whole LMs; random parameters and ids. Scoring: the dense
+forward pass, the members' passes alone, and with evidence, gate and combine on top, take turns.
+Generation: greedy, from a prompt of a quarter of the context, by a fixed prior's k largest experts;
+a text is timed without compilation.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import measure
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('--of', choices=('demix', 'forest'), default='demix')
   parser.add_argument('--size', choices=measure.SIZES, default='1m')
   parser.add_argument('--repeats', type=int, default=9)
   parser.add_argument('--json', default='', help='file for the figures')
@@ -26,22 +27,27 @@ def main():
 
   from demix.eval.perplexity import token_nll
   from demix.generate import Writer
-  from demix.mix.members import ExpertMembers
+  from demix.mix.members import ExpertMembers, WholeMembers
   from demix.mix.mixture import MixConfig, Mixture
   from demix.params import Model, expert_slice
   from demix.sampling import SamplingConfig
   from demix.transformer import ExecutionConfig, preset
   size, E = measure.SIZES[args.size], len(measure.EXPERTS)
-  print(f'{size.preset}: T {size.length}, batch {size.batch}, V {size.vocab}, {E} experts, '
+  print(f'{size.preset}: T {size.length}, batch {size.batch}, V {size.vocab}, {args.of} of {E}, '
         f'float32, {args.repeats} rounds\n{measure.machine()}', flush=True)
-  model = Model(preset(size.preset, ffn='demix', vocab_size=size.vocab, max_length=size.length,
-                       experts=measure.EXPERTS), ExecutionConfig(scan=False))
-  params = jax.jit(model.init)(0)
-  dense, own = expert_slice(model, params, measure.EXPERTS[0])
+  shape, execution = {'vocab_size': size.vocab, 'max_length': size.length}, ExecutionConfig(
+      scan=False)
+  if args.of == 'demix':
+    model = Model(preset(size.preset, ffn='demix', experts=measure.EXPERTS, **shape), execution)
+    params, members = jax.jit(model.init)(0), ExpertMembers(model)
+    dense, own = expert_slice(model, params, measure.EXPERTS[0])
+  else:
+    dense = Model(preset(size.preset, **shape), execution)
+    params = jax.jit(jax.vmap(dense.init))(np.arange(E))
+    own, members = jax.jit(dense.init)(0), WholeMembers(dense, measure.EXPERTS)
   ids = np.random.default_rng(0).integers(0, size.vocab, (size.batch, size.length + 1), np.int32)
   batch = {'tokens_BL': ids[:, :-1], 'targets_BL': ids[:, 1:]}
   one = batch | {'domain_B': np.zeros(size.batch, np.int32)}
-  members = ExpertMembers(model)
   weights = {name: (i + 1) / 36 for i, name in enumerate(measure.EXPERTS)}
 
   def mixed(k=0, **changes):
@@ -60,9 +66,11 @@ def main():
                         'experts_k 4': mixed(4)}.items():
     calls[name] = lambda m=mixture: m.score(batch).logp_BL.block_until_ready()
   times = measure.interleave(calls, args.repeats)
-  figures = {'size': args.size, 'machine': measure.machine(), 'seconds': {}, 'ratios': {}}
+  figures = {'of': args.of, 'size': args.size, 'machine': measure.machine(), 'seconds': {},
+             'ratios': {}}
 
   def ratio(a, b, times, scale=1.0):
+    """Time of a over time of b, times `scale`."""
     for i, kind in ((0, 'wall'), (1, 'CPU')):
       values = [x[i] / y[i] * scale for x, y in zip(times[a], times[b])]
       figures['ratios'][f'{a} / {b}, {kind}'] = measure.summary(values)
@@ -75,8 +83,9 @@ def main():
   print(f'{E} members over {E} dense passes:', *ratio('members', 'dense', times, 1 / E))
   for name in ('prefix', 'last_token', 'window 32', 'weights_k 2'):
     print(f'scoring by {name} over the members alone:', *ratio(name, 'members', times))
-  for name in ('experts_k 1', 'experts_k 2', 'experts_k 4'):
-    print(f'scoring with {name} over a dense pass:', *ratio(name, 'dense', times))
+  for k in (1, 2, 4):
+    print(f'scoring with experts_k {k} over {k} dense passes:',
+          *ratio(f'experts_k {k}', 'dense', times, 1 / k))
 
   prompt = ids[0, :size.length // 4]
   greedy = SamplingConfig(max_tokens=size.length // 2, temperature=0)

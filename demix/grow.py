@@ -9,7 +9,7 @@ from pathlib import Path
 
 from demix import catalogue, settings, train
 from demix.config import Config
-from demix.errors import BadInput
+from demix.errors import BadInput, Preempted
 from demix.forest import manifest, plan
 from demix.forest.manifest import SEED
 from demix.lifecycle import average
@@ -85,6 +85,7 @@ def grow(folder, *, only=(), data: str = '', together: bool = False, require_gai
   Raises:
     BadInput: no plan, an unknown name, or a parent that is not registered yet.
     Refused: an expert that the gate refuses; it stays trained and unregistered.
+    Preempted: SIGTERM or SIGUSR1 came while one was trained.
   """
   folder = Path(folder)
   forest = manifest.load(folder)
@@ -111,10 +112,12 @@ def grow(folder, *, only=(), data: str = '', together: bool = False, require_gai
     for other in group:
       if other != SEED:
         prepare(folder, forest, other, store, say)
-    if state != 'finished':
-      _train(folder, forest, group, store, say)
+    stop = _train(folder, forest, group, store, say) if state != 'finished' else None
     register(folder, name, data=store, require_gain=require_gain, limit=limit, say=say)
     done.append(name)
+    if stop and (rest := [n for n in only or known if not _entry(manifest.load(folder), n)]):
+      raise Preempted(f'{stop}: {name} is there; to be trained or registered: {", ".join(rest)}; '
+                      'run the same command again to go on')
   return done
 
 
@@ -139,8 +142,9 @@ def ready(folder: Path, forest: dict, name: str) -> bool:
           and state_of(folder, forest, name)[0] in ('missing', 'training'))
 
 
-def _train(folder: Path, forest: dict, group: list[str], data: str, say):
-  """Trains one of the plan, or several side by side, all of whose workdirs are held."""
+def _train(folder: Path, forest: dict, group: list[str], data: str, say) -> str | None:
+  """Trains one of the plan, or several side by side, all of whose workdirs are held. Returns as
+  train.run."""
   with contextlib.ExitStack() as stack:
     members = {}
     for name in group:
@@ -149,6 +153,5 @@ def _train(folder: Path, forest: dict, group: list[str], data: str, say):
       held = stack.enter_context(hold(folder / plan.folder_of(name), 'forest'))
       members[name] = config_of(folder, forest, name, data), held
     if len(group) == 1:
-      train.run(*members[group[0]])
-    else:
-      train.together(members, say)
+      return train.run(*members[group[0]])
+    return train.together(members, say)

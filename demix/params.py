@@ -70,6 +70,11 @@ class Model:
     """Running tree → flat canonical leaves."""
     return tree.canonical(params, self.config.experts)
 
+  @functools.partial(jax.jit, static_argnums=0)
+  def stacked(self, flat: dict) -> dict:
+    """`running`, compiled once for equal models."""
+    return self.running(flat)
+
   def running(self, flat: dict) -> dict:
     """Flat canonical leaves → running tree.
 

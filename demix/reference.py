@@ -364,7 +364,7 @@ def load(text: str) -> 'Loaded | LoadedForest':
   like = {f'params/{n}': x for n, x in
           jax.eval_shape(model.canonical, model.abstract).items()}
   flat = checkpoint.restore(directory, step, like)
-  params = jax.jit(model.running)({n.removeprefix('params/'): x for n, x in flat.items()})
+  params = model.stacked({n.removeprefix('params/'): x for n, x in flat.items()})
   if ref.expert:
     if config.model.ffn != 'demix':
       raise BadInput(f'model {text!r}: a dense LM has no experts; leave out #{ref.expert}')

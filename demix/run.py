@@ -10,7 +10,6 @@ import re
 import shutil
 from pathlib import Path
 
-import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -34,8 +33,7 @@ from demix.optimizer import AdamW
 from demix.params import Model
 from demix.progress import quantity
 from demix.start import find
-from demix.state import begin, running_state
-from demix.step import Program
+from demix.step import Program, shared
 from demix.workdir import check_identity, load_config, load_identity, save_config
 
 
@@ -112,12 +110,12 @@ class Run:
     self.mine = None if name else sharding.process_rows(mesh, config.data.batch_size)
     self.batches = Batches(self.store, config.data, config.seed, symbols=self.symbols,
                            rows=self.mine)
-    self.program = Program(
+    self.program = shared(Program(
         model=Model(config.model, config.execution, config.train.compute_dtype),
         adamw=AdamW(config.optimizer, config.optimizer.schedule_steps),
         part=TRAINABLE[config.init.trainable], domains=len(self.domains),
         balanced=config.data.sampling == 'balanced', accumulation=config.train.accumulation,
-        mesh=mesh)
+        mesh=mesh))
     self.model = self.program.model
     sharding.check_replicated(mesh, self.model.abstract, config.mesh.max_replicated)
     self.flops = (config.data.batch_size * config.data.sequence_length
@@ -134,32 +132,23 @@ class Run:
 
   def start(self) -> tuple[dict, dict]:
     """(state, frozen) of the newest trusted checkpoint, or of a first start; sets `step`."""
-    program, part = self.program, self.program.part
+    program = self.program
     step = processes.decided(lambda: checkpoint.latest(self.directory))
-    where, like = program.shardings, program.canonical
-    here = NamedSharding(program.mesh, PartitionSpec())
+    like, here = program.canonical, NamedSharding(program.mesh, PartitionSpec())
     if step is None:
       if self.init and self.config.init.optimizer == 'continue':
         flat = self.init.moments(like)  # first: the model is let go of with its parameters
-        params = sharding.put(self.init.parameters(), here)
-        def go_on(params, flat):
-          flat = flat | {f'params/{n}': x for n, x in self.model.canonical(params).items()}
-          return running_state(self.model, flat, part)
-        return jax.jit(go_on, out_shardings=where)(params, flat)
+        return program.go_on(sharding.put(self.init.parameters(), here), flat)
       if self.init:
-        first = jax.jit(lambda p: begin(p, program.adamw, part), out_shardings=where)
-        return first(sharding.put(self.init.parameters(), here))
-      fresh = jax.jit(lambda seed: begin(self.model.init(seed), program.adamw),
-                      out_shardings=where)
-      return fresh(self.config.seed)
+        return program.begin(sharding.put(self.init.parameters(), here))
+      return program.fresh(self.config.seed)
     meta = checkpoint.read_meta(self.directory, step)
     check_identity(meta['identity'], self.identity, self.workdir)
     self.ledger = meta['ledger']
     self.lineage = {name: meta[name] for name in ('init', 'lifecycle') if name in meta}
     flat = checkpoint.restore(self.directory, step, like)
-    stack = jax.jit(lambda flat: running_state(self.model, flat, part), out_shardings=where)
     self.step = step
-    return stack(flat)
+    return program.restored(flat)
 
   def meta(self) -> dict:
     """What made the checkpoint of `step`; the data index is step + skipped."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from demix import loss, sharding, tree
 from demix.optimizer import AdamW
 from demix.params import Model
-from demix.state import abstract, canonical_state
+from demix.state import abstract, begin, canonical_state, running_state
 
 
 def micro_batches(batch: dict, count: int) -> dict:
@@ -126,9 +126,41 @@ class Program:
         in_shardings=(state, rows, frozen), out_shardings=(state, whole), donate_argnums=0)
 
   @functools.cached_property
+  def fresh(self):
+    """seed → (state, frozen) of a first start."""
+    return self._state(lambda seed: begin(self.model.init(seed), self.adamw, self.part))
+
+  @functools.cached_property
+  def begin(self):
+    """A whole running tree of parameters → (state, frozen), with zero moments."""
+    return self._state(lambda params: begin(params, self.adamw, self.part))
+
+  @functools.cached_property
+  def restored(self):
+    """Canonical leaves → (state, frozen)."""
+    return self._state(lambda flat: running_state(self.model, flat, self.part))
+
+  @functools.cached_property
+  def go_on(self):
+    """(parameters, other canonical leaves) → (state, frozen), with the moments of the leaves."""
+    def state(params, flat):
+      flat = flat | {f'params/{n}': x for n, x in self.model.canonical(params).items()}
+      return running_state(self.model, flat, self.part)
+    return self._state(state)
+
+  def _state(self, function):
+    return jax.jit(function, out_shardings=self.shardings)
+
+  @functools.cached_property
   def export(self):
     """(state, frozen) → canonical leaves, compiled. A copy, so that what is saved in the background
     is not the buffer the next step reuses."""
     where = {name: leaf.sharding for name, leaf in self.canonical.items()}
     return jax.jit(lambda *s: jax.tree.map(jnp.copy, canonical_state(self.model, *s)),
                    out_shardings=where)
+
+
+@functools.lru_cache(16)
+def shared(program: Program) -> Program:
+  """The first of equal programs: what it has compiled serves all runs of this process."""
+  return program

@@ -61,6 +61,7 @@ class Each:
 
   def __init__(self, programs: list[Program], states: list[tuple[dict, dict]]):
     self.programs, self.states = list(programs), list(states)
+    self._compiled = False
     # XLA's CPU client runs what comes from one thread in turn, and that of several at once.
     count = min(len(self.programs), len(os.sched_getaffinity(0)))
     self._threads = [ThreadPoolExecutor(1) for _ in range(count)] if count > 1 else []
@@ -78,8 +79,8 @@ class Each:
     out = []
     for i, batch in enumerate(batches):
       out.append(self._threads[i % len(self._threads)].submit(self._begin, i, batch))
-      if not i:
-        out[0].result()  # it may compile, for all
+      if not self._compiled:
+        self._compiled = bool(out[0].result())  # it may compile, for all
     return [future.result() for future in out]
 
   def state(self, i: int) -> tuple[dict, dict]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from demix import processes, tree
 from demix.config import Config, digest
-from demix.errors import Preempted
+from demix.errors import BadInput, Preempted
 from demix.progress import Progress, duration, quantity
 from demix.run import Run, differences, header
 from demix.together import chosen, lift
@@ -129,8 +129,11 @@ def saved(going: list[Run]) -> str:
   return ', '.join(f'step {run.step} of {run.steps} in {run.workdir}' for run in going)
 
 
-def run(config: Config, workdir: Path):
+def run(config: Config, workdir: Path) -> str | None:
   """Trains `config` in `workdir`, whose lock the caller holds; the same again resumes.
+
+  Returns:
+    Name of a signal that came too late to stop this run: the caller should begin nothing more.
 
   Raises:
     BadInput: the data or config is wrong, or the workdir belongs to another experiment.
@@ -140,10 +143,12 @@ def run(config: Config, workdir: Path):
   """
   made = processes.agreed(lambda: Run(config, workdir))
   processes.same(digest(made.identity), 'config, data or tokenizer')
-  Loop([made])()
+  loop = Loop([made])
+  loop()
+  return loop.stop_signal
 
 
-def together(members: dict[str, tuple[Config, Path]], say=print):
+def together(members: dict[str, tuple[Config, Path]], say=print) -> str | None:
   """Trains several runs in this process: those with equal programs side by side, the rest apart.
 
   Each is the run that `run` would make of it, in its own workdir, and can go on either way.
@@ -152,9 +157,15 @@ def together(members: dict[str, tuple[Config, Path]], say=print):
     members: {name: (config, workdir)}; the caller holds the locks of the workdirs.
     say: called with a line for each that trains apart.
 
+  Returns:
+    As `run`.
+
   Raises:
     As `run`; NonFinite names the run too. What the others saved stays.
   """
+  if processes.count() > 1:
+    raise BadInput(f'{len(members)} runs together in {processes.count()} processes: each process '
+                   'would hold all of them; train the branches apart (forest run --only=NAME)')
   groups = []
   for run in [Run(config, workdir, name) for name, (config, workdir) in members.items()]:
     for group in groups:
@@ -166,9 +177,6 @@ def together(members: dict[str, tuple[Config, Path]], say=print):
         others = [f'{g[0].name}: {"; ".join(differences(g[0], run))}' for g in groups]
         say(f'{run.name}: apart from {", from ".join(others)}')
       groups.append([run])
-  for group in groups:
-    for run in group:
-      run.program = group[0].program  # equal; so it is compiled once
   # All of them now: what one cannot be is said before another trains.
   loops = [Loop(group, chosen(group[0].config.train.lift, group[0].program)) for group in groups]
   for loop, after in zip(loops, [*groups[1:], None]):
@@ -176,3 +184,4 @@ def together(members: dict[str, tuple[Config, Path]], say=print):
     if loop.stop_signal and after:
       raise Preempted(f'{loop.stop_signal}: {after[0].name} is still to be trained; run the same '
                       'command again to go on')
+  return loop.stop_signal

@@ -1,5 +1,6 @@
 """Shared by all tests: --long, in which a skip is a failure; a tiny corpus, its stores, models."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import pytest
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(Path(__file__).parents[1] / '.cache/jax'))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+
+# Tracing makes objects by the million, and nearly all stay: collecting often costs a tenth.
+gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_addoption(parser):

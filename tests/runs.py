@@ -77,6 +77,12 @@ def fresh(*argv, env=None) -> Ended:
   return Ended(done.returncode, done.stdout, done.stderr)
 
 
+def devices(count: int) -> dict:
+  """Environment of a process with so many virtual devices, else compiled as this one compiles."""
+  more = f'--xla_force_host_platform_device_count={count}'
+  return {'XLA_FLAGS': f'{os.environ.get("XLA_FLAGS", "")} {more}', 'JAX_PLATFORMS': 'cpu'}
+
+
 NURSERY = '''
 import json, os, runpy, sys, warnings
 with warnings.catch_warnings():

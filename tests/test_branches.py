@@ -14,6 +14,8 @@ from test_forest import TRAIN, digests, forest, grown  # noqa: F401 (a fixture)
 from demix import checkpoint
 from demix.forest import manifest
 
+pytestmark = pytest.mark.exact
+
 OPENED = 0x20  # IN_OPEN
 
 

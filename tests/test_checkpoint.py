@@ -17,6 +17,8 @@ from demix import checkpoint, digests
 from demix.checkpoint import Checkpoints
 from demix.errors import BadInput, DemixError, NothingToLoad, Refused
 
+pytestmark = pytest.mark.exact
+
 
 @pytest.fixture(scope='module')
 def two(tmp_path_factory):

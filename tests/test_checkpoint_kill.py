@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import runs
 from checkpoint_cases import ROOT, latest, like, same_bits, save, state_of
 
 from demix import checkpoint
@@ -191,7 +192,7 @@ assert a == b
 
 
 def test_the_mesh_changes_neither_values_nor_digest(tmp_path):
-  env = ENV | {'XLA_FLAGS': '--xla_force_host_platform_device_count=4'}
+  env = ENV | runs.devices(4)
   subprocess.run([sys.executable, '-c', MESH, str(tmp_path)], env=env, check=True)
   same = [checkpoint.restore(tmp_path, s, like({'params/a': np.zeros((8, 8), np.float32)}))
           for s in (1, 2)]  # on one device

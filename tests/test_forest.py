@@ -1,7 +1,9 @@
 """The verb `forest`, and a forest as a Mixture: planned, grown, mixed, removed from."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import corpus
@@ -16,6 +18,8 @@ from demix.data.store import TokenStore
 from demix.eval import perplexity
 from demix.forest import manifest
 from demix.reference import load
+
+pytestmark = pytest.mark.exact
 
 TEXT = corpus.document('code', 'some text to score 3')
 TRAIN = ('legal', 'code', 'verse')
@@ -126,6 +130,25 @@ def test_an_interrupted_expert_is_the_uninterrupted_one(grown, copy):
   ended = forest('run', f'--forest={copy}')
   assert ended.code == 0 and 'resumed     at step 2' in ended.out
   assert digests(copy) == digests(grown)
+
+
+def test_a_signal_in_the_last_step_of_an_expert_begins_no_other(copy, monkeypatch):
+  kept = digests(copy)
+  with manifest.edit(copy) as found:
+    for name in ('code', 'verse'):
+      del found['experts'][name]
+      shutil.rmtree(copy / f'experts/{name}')
+  save, sent = checkpoint.Checkpoints.save, []
+  def signalled(self, step, *args, **more):
+    if step == 4 and not sent:  # the loop looks for signals before it saves, not after
+      sent.append(os.kill(os.getpid(), signal.SIGTERM))
+    return save(self, step, *args, **more)
+  monkeypatch.setattr(checkpoint.Checkpoints, 'save', signalled)
+  message = forest('run', f'--forest={copy}').error(75)
+  assert message.startswith('SIGTERM: code is there; to be trained or registered: verse;')
+  assert not (copy / 'experts/verse').exists() and 'code' in digests(copy)
+  assert forest('run', f'--forest={copy}').code == 0
+  assert digests(copy) == kept
 
 
 def test_a_forest_is_a_mixture_of_its_experts(grown):

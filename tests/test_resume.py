@@ -17,6 +17,8 @@ from checkpoint_cases import flip
 
 from demix import checkpoint, metrics
 
+pytestmark = pytest.mark.exact
+
 KINDS = {
     'dense': {},
     'demix': {'model__ffn': 'demix'},

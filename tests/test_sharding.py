@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import runs
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 from models import drawn, tiny
@@ -19,6 +20,8 @@ from sharded_program import BESIDE, CASES
 from demix import sharding, tree
 from demix.errors import BadInput, Refused
 from demix.sharding import MeshConfig
+
+pytestmark = pytest.mark.exact
 
 ROOT = Path(__file__).parents[1]
 
@@ -166,10 +169,9 @@ def test_a_mesh_that_does_not_fit_is_refused_with_all_sizes(axes):
 @pytest.fixture(scope='module')
 def printed():
   """{case: what tests/sharded_program.py found}."""
-  flags = '--xla_force_host_platform_device_count=8'
   done = subprocess.run(
       [sys.executable, str(ROOT / 'tests/sharded_program.py')], capture_output=True, text=True,
-      env=os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)})
+      env=os.environ | runs.devices(8) | {'PYTHONPATH': str(ROOT)})
   assert done.returncode == 0, done.stderr[-3000:]
   return json.loads(done.stdout)
 

@@ -20,6 +20,8 @@ from demix.start import nearest_expert
 from demix.state import canonical_state, running_state
 from demix.step import make_step
 
+pytestmark = pytest.mark.exact
+
 NOVEL = corpus.NOVEL
 # Weight decay is on (0.1, the default): what is not frozen by structure would move.
 ADAPT = {'data__domains': NOVEL, 'train__steps': 6, 'optimizer__schedule_steps': 6,
@@ -174,6 +176,7 @@ def test_a_parent_that_moved_is_the_same_by_content_and_another_is_refused(model
 # ---- exact resume -----------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_frozen_run_that_was_killed_is_the_uninterrupted_one(models, stores, nursery, tmp_path):
   long = dict(init__model=models['demix'], init__expert='legal', init__trainable='ffn',
               data__domains=NOVEL, train__steps=90, optimizer__schedule_steps=90,
@@ -291,8 +294,7 @@ def test_a_frozen_run_on_a_mesh_is_the_same_run(models, frozen, stores, tmp_path
   """Four devices, parameters split over two: losses agree, frozen leaves are equal to the bit."""
   flags = runs.overrides(stores.bytes, tmp_path / 'A', init__model=models['demix'],
                          init__expert='legal', init__trainable='ffn', mesh__fsdp=2, **ADAPT)
-  ended = runs.fresh('train', *flags,
-                     env={'XLA_FLAGS': '--xla_force_host_platform_device_count=4'})
+  ended = runs.fresh('train', *flags, env=runs.devices(4))
   assert ended.code == 0 and 'devices     4 × cpu (data=2 fsdp=2)' in ended.out, ended
   losses = [[row['train/loss'] for row in metrics.read(w)] for w in (frozen, tmp_path / 'A')]
   np.testing.assert_allclose(*losses, rtol=1e-5)

@@ -11,6 +11,8 @@ from demix import tree
 from demix.state import canonical_state
 from demix.step import make_step, micro_batches
 
+pytestmark = pytest.mark.exact
+
 
 def expert_of(name):
   """The expert a canonical leaf belongs to; None for shared ones."""

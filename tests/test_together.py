@@ -12,10 +12,12 @@ from jax.sharding import AbstractMesh
 from models import tiny
 from test_forest import TRAIN, config_file, digests, forest
 
-from demix import checkpoint, metrics, sharding, together, workdir
+from demix import checkpoint, metrics, processes, sharding, together, workdir
 from demix.data.batches import Batches
 from demix.errors import BadInput
 from demix.forest import manifest
+
+pytestmark = pytest.mark.exact
 
 
 @pytest.fixture(scope='module')
@@ -129,7 +131,7 @@ def test_what_was_begun_together_goes_on_alone(copy, apart):
 def test_over_the_expert_axis_they_are_those_of_one_device(copy, apart):
   change(copy, mesh__expert=4)  # 3 runs over 4 x 2 devices
   ended = runs.fresh('forest', 'run', f'--forest={copy}', '--together',
-                     env={'XLA_FLAGS': '--xla_force_host_platform_device_count=8'})
+                     env=runs.devices(8))
   assert ended.code == 0 and '(expert=4 data=2)' in ended.out, ended
   close(copy, apart)
 
@@ -148,6 +150,7 @@ def whole(seeded, tmp_path_factory):
   return F
 
 
+@pytest.mark.long
 def test_killed_together_they_go_on_together_and_alone(copy, whole, nursery):
   change(copy, **LONG)
   run = 'forest', 'run', f'--forest={copy}'
@@ -162,6 +165,7 @@ def test_killed_together_they_go_on_together_and_alone(copy, whole, nursery):
   same(copy, whole)
 
 
+@pytest.mark.long
 def test_a_signal_saves_all_and_exits_75(copy, whole, nursery):
   change(copy, **LONG)
   child = nursery.start('forest', 'run', f'--forest={copy}', '--together')
@@ -234,6 +238,13 @@ def test_a_branch_of_a_branch_waits_for_its_parent(copy):
 def test_what_cannot_be_is_refused(copy, changes, said):
   change(copy, **changes)
   assert said in forest('run', f'--forest={copy}', '--together').error(2)
+  assert not (copy / 'experts/legal/config.json').exists()
+
+
+def test_several_processes_do_not_each_hold_all_of_them(copy, monkeypatch):
+  monkeypatch.setattr(processes, 'count', lambda: 2)
+  message = forest('run', f'--forest={copy}', '--together').error(2)
+  assert message.startswith('3 runs together in 2 processes') and '--only=NAME' in message
   assert not (copy / 'experts/legal/config.json').exists()
 
 

@@ -15,6 +15,8 @@ from demix.errors import BadInput
 from demix.params import Model
 from demix.transformer import PRESETS, TAPS, ModelConfig, preset
 
+pytestmark = pytest.mark.exact
+
 SEGMENTS = np.array([[1, 1, 2, 2, 2, 0], [1, 2, 3, 3, 0, 0], [0, 0, 0, 0, 0, 0]])
 POSITIONS = np.array([[0, 1, 0, 1, 2, 0], [0, 0, 0, 1, 0, 1], [0, 1, 2, 3, 4, 5]])
 ROUTE = jnp.asarray([2, 0, 2])

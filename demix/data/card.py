@@ -1,10 +1,20 @@
-"""The data card as text that people read."""
+"""The data card: what splits and domains have in common, and all of it as text that people read."""
 
-from demix.data.leakage import FLAG
+from demix.data.leakage import FLAG, leakage
+from demix.data.vocabulary import vocabulary
 from demix.progress import quantity
 
 _LINES = 12  # pairs, or domains of a matrix, that are shown
 _HEAD = ('domain', 'split', 'documents', 'bytes', 'tokens', 'tokens/byte', 'skipped')
+
+
+def compare(opened, card: dict) -> bool:
+  """Adds to the card of a token store what its splits and domains have in common; False where it is
+  there already."""
+  if 'leakage' in card:
+    return False
+  card |= {'leakage': leakage(opened), 'vocabulary': vocabulary(opened)}
+  return True
 
 
 def text(card: dict) -> str:

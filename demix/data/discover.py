@@ -19,6 +19,7 @@ from demix import settings
 from demix.data import clusterer as clusterers
 from demix.data import duplicates, store
 from demix.data.building import Building, synced
+from demix.data.card import compare
 from demix.data.card import text as card_text
 from demix.data.clusterer import Clusterer
 from demix.data.clusters import DiscoverConfig, agreement, fit
@@ -70,6 +71,8 @@ def discover(source, out, config: DiscoverConfig, say=print) -> TokenStore:
     found = given or fit(sample(source, config.sample), config)
     card = _fill(building.path, source, found)
     card |= {'inputs': inputs, 'config': described, 'fingerprint': store.card_fingerprint(card)}
+    opened = TokenStore(building.path, card, source.tokenizer_meta, source.token_bytes_V)
+    compare(opened, card)
     building.publish(store.CARD, orjson.dumps(card, option=orjson.OPT_INDENT_2))
   say('\n'.join([card_text(card), '', *report(found, card)]))
   say(f'\n{out}: a token store of {len(found.names)} clusters, fingerprint {card["fingerprint"]}')

@@ -15,8 +15,9 @@ import orjson
 import xxhash
 
 from demix import settings
-from demix.data import anonymise, documents, duplicates, leakage, store, tokenizer, vocabulary
+from demix.data import anonymise, documents, duplicates, store, tokenizer
 from demix.data.building import Building, synced
+from demix.data.card import compare
 from demix.data.card import text as card_text
 from demix.data.sources import corpus
 from demix.data.sources.part import Document
@@ -88,7 +89,7 @@ def prepare(input, out, config: PrepareConfig = PrepareConfig(), say=print) -> s
       building = stack.enter_context(Building(out))  # says now if nothing can be written there
     sources, inputs = _sources(domains, made, config, str(input))
     if building is None and present.card['inputs'] == inputs:
-      if _compare(present, present.card):
+      if compare(present, present.card):
         with contextlib.suppress(OSError):  # a store that cannot be written stays as it is
           write_atomic(out / store.CARD, orjson.dumps(present.card, option=orjson.OPT_INDENT_2))
       say(f'{out}: nothing to do, it is the store of these inputs and settings '
@@ -100,7 +101,7 @@ def prepare(input, out, config: PrepareConfig = PrepareConfig(), say=print) -> s
     card = _fill(building.path, sources, made, config, notes.append)
     card |= {'inputs': inputs, 'config': described, 'fingerprint': store.card_fingerprint(card)}
     _unchanged(sources)
-    _compare(store.TokenStore(building.path, card, made.meta(), made.token_bytes_V), card)
+    compare(store.TokenStore(building.path, card, made.meta(), made.token_bytes_V), card)
     building.publish(store.CARD, orjson.dumps(card, option=orjson.OPT_INDENT_2))
   say('\n'.join([card_text(card), *notes]))
   say(f'\n{out}: a token store of {made.vocab_size} ids, fingerprint {card["fingerprint"]}')
@@ -124,14 +125,6 @@ def _check(config):
   if kind in ('bytes', 'bpe') and path:
     raise BadInput(f'config.tokenizer_path: {path!r}, but tokenizer {kind!r} has no file: set '
                    '--config.tokenizer=json or sentencepiece, or leave it out')
-
-
-def _compare(opened, card) -> bool:
-  """Adds to the card what splits and domains have in common; False where it is there already."""
-  if 'leakage' in card:
-    return False
-  card |= {'leakage': leakage.leakage(opened), 'vocabulary': vocabulary.vocabulary(opened)}
-  return True
 
 
 def _existing_tokenizer(config):

@@ -11,6 +11,7 @@ import pytest
 from corpus_cases import snapshot, verb, write
 from test_clusters import planted
 
+from demix.data import leakage
 from demix.data.clusterer import Clusterer
 from demix.data.clusters import DiscoverConfig
 from demix.data.discover import discover, documents, sample
@@ -92,6 +93,17 @@ def test_the_card_says_who_was_put_where(stores):
   for text in texts(store, 'train', ['target']):
     mass[found.names[found.assign(text)]] += len(text.encode()) + 1
   assert facts['tokens']['target']['train'] == mass
+
+
+def test_the_card_says_what_clusters_share_in_text_and_words(stores):
+  _, store = stores
+  assert store.card['leakage'] == leakage.leakage(store)
+  leaked = store.card['leakage']['overlap']
+  for pair in store.card['duplicates']:  # planted: a train document that is a test document too
+    train, test = sorted((pair['a'], pair['b']), key=lambda name: name.endswith('test'))
+    [found] = [e for e in leaked if (e['train'], e['evaluation']) == (train, test)]
+    assert found['documents'] > 0
+  assert set(store.card['vocabulary']['overlap']) >= set(store.domains[:4])
 
 
 def test_labels_and_order_do_not_matter_where_documents_go(stores, tmp_path):

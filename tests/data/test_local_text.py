@@ -138,6 +138,7 @@ def test_text_is_clean_and_names_no_path_of_this_machine(corpus):
         assert 160 <= len(text) <= 4_100
 
 
+@pytest.mark.long
 def test_another_process_writes_the_same_bytes(corpus, tmp_path):
   """With another hash seed, locale and working directory."""
   code = 'import sys; from demix.data import local_text; local_text.write(sys.argv[1])'

@@ -14,6 +14,8 @@ from demix.layers.attention import mask_bias
 from demix.mix.members import ExpertMembers
 from demix.params import expert_slice
 
+pytestmark = pytest.mark.exact
+
 ALL = np.arange(4)
 B, L = 3, 6
 
