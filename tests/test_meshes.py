@@ -35,6 +35,7 @@ def check(out, case):
   np.testing.assert_allclose(moved['losses'], out['1'], rtol=TOLERANCE)
 
 
+@pytest.mark.long
 def test_a_mesh_changes_no_number_and_a_checkpoint_moves_to_another(stores, tmp_path):
   out = program(stores.bytes, tmp_path, '1', '8 > expert 2 fsdp 2 model 2')
   assert len(out['1']) == 20 and out['1'][-1] < out['1'][0] - 0.5  # it trained

@@ -38,7 +38,12 @@ def training(workdir):
   return [{k: v for k, v in row.items() if not k.startswith('eval/')} for row in runs.rows(workdir)]
 
 
-@pytest.mark.parametrize('kind', [k for k in KINDS if k != 'demix'])  # that is killed below
+DEFAULT = ('dense', 'documents', 'schedule')
+
+
+@pytest.mark.parametrize('kind', [
+    pytest.param(k, marks=() if k in DEFAULT else pytest.mark.long)
+    for k in KINDS if k != 'demix'])  # that is killed below
 def test_a_run_that_was_stopped_at_a_checkpoint_goes_on_to_the_bit(stores, tmp_path, kind):
   store = shutil.copytree(stores.bytes, tmp_path / 'store')  # document packing writes an index
   for name, stops in (('whole', (8,)), ('parts', (4, 8))):
@@ -107,11 +112,11 @@ def same(workdir, whole):
       k: v for k, v in b['ledger'].items() if k != 'seconds'}
 
 
-def test_a_run_that_was_killed_four_times_is_the_uninterrupted_one(
+def test_a_run_that_was_killed_twice_is_the_uninterrupted_one(
     stores, nursery, whole, tmp_path):
   flags = runs.overrides(stores.bytes, tmp_path / 'W', **LONG)
-  lost = storm(nursery, flags, tmp_path / 'W', 4, random.Random(3))
-  assert lost >= 2, 'the kills did not cost steps: nothing was tested'
+  lost = storm(nursery, flags, tmp_path / 'W', 2, random.Random(3))
+  assert lost, 'the kills did not cost steps: nothing was tested'
   same(tmp_path / 'W', whole)
 
 

@@ -166,11 +166,22 @@ def test_a_mesh_that_does_not_fit_is_refused_with_all_sizes(axes):
 
 # ---- the compiled step
 
+DEFAULT = ('expert 4 data 2', 'expert 2 data 2 fsdp 2', '3 runs, expert 2 data 4')
+
+
+def cases(of) -> list:
+  """Of CASES or BESIDE; those beside DEFAULT are long."""
+  return [pytest.param(case, marks=() if case in DEFAULT else pytest.mark.long) for case in of]
+
+
 @pytest.fixture(scope='module')
-def printed():
+def printed(request):
   """{case: what tests/sharded_program.py found}."""
+  every = request.config.getoption('--long')
   done = subprocess.run(
-      [sys.executable, str(ROOT / 'tests/sharded_program.py')], capture_output=True, text=True,
+      [sys.executable, str(ROOT / 'tests/sharded_program.py'),
+       *(case for case in (*CASES, *BESIDE) if every or case in DEFAULT)],
+      capture_output=True, text=True,
       env=os.environ | runs.devices(8) | {'PYTHONPATH': str(ROOT)})
   assert done.returncode == 0, done.stderr[-3000:]
   return json.loads(done.stdout)
@@ -179,10 +190,10 @@ def printed():
 @pytest.fixture(scope='module')
 def found(printed):
   """Of CASES only."""
-  return {case: printed[case] for case in CASES}
+  return {case: printed[case] for case in CASES if case in printed}
 
 
-each_case = pytest.mark.parametrize('case', CASES)
+each_case = pytest.mark.parametrize('case', cases(CASES))
 
 
 def slices(leaves, of) -> dict:
@@ -290,7 +301,7 @@ def test_the_cases_are_what_their_names_say(found):
 
 # ---- several runs side by side
 
-@pytest.mark.parametrize('case', BESIDE)
+@pytest.mark.parametrize('case', cases(BESIDE))
 def test_runs_on_the_expert_axis_send_each_other_nothing_and_are_those_of_one_device(
     printed, case):
   it = printed[case]
