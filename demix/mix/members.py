@@ -131,6 +131,17 @@ class ExpertMembers:
     return cache | {'rest': jax.tree.map(lambda x: x[:, rows], cache['rest'])}
 
 
+def over(function, *trees):
+  """`function` of every member's part of trees with a leading axis of members.
+
+  One after another on CPU: a batch of matrices times a vector each runs at half the speed of the
+  products (8 members at 1M write 115 tokens/s, at once 69). At once on accelerators.
+  """
+  if jax.default_backend() == 'cpu' and len(jax.tree.leaves(trees)[0]) > 1:
+    return jax.lax.map(lambda one: function(*one), trees)
+  return jax.vmap(function)(*trees)
+
+
 @dataclasses.dataclass(frozen=True)
 class WholeMembers:
   """Whole LMs of one architecture: their parameters are one running tree, every leaf with a leading
@@ -169,7 +180,7 @@ class WholeMembers:
     tables = self.model.output_table(params)
     tables = tables if routes_K is None else tables[routes_K]
     V = self.model.config.vocab_size
-    return jax.vmap(lambda h, table: loss.logits(h, table, V)[..., :V])(hidden, tables)
+    return over(lambda h, table: loss.logits(h, table, V)[..., :V], hidden, tables)
 
   def take(self, params, routes_K) -> tuple['WholeMembers', dict]:
     """The members `routes_K` (NumPy ints) alone, with their leaves only."""
@@ -185,8 +196,8 @@ class WholeMembers:
 
   def advance(self, params, cache, tokens_L, start):
     """See ExpertMembers.advance."""
-    hidden, cache = jax.vmap(lambda own, kept: self._one.advance(own, kept, tokens_L, start))(
-        params, cache)
+    hidden, cache = over(lambda own, kept: self._one.advance(own, kept, tokens_L, start), params,
+                         cache)
     return hidden[:, 0], cache
 
   def keep(self, cache: dict, routes_K) -> dict:
