@@ -96,6 +96,7 @@ def test_branches_in_any_order_on_any_machine_are_the_same(grown, seeded, stores
     assert runs.digests(seeded / f'experts/{name}') == runs.digests(grown / f'experts/{name}')
 
 
+@pytest.mark.long
 def test_other_text_of_one_domain_changes_its_expert_only(grown, seeded, tmp_path):  # noqa: F811
   text = corpus.write(tmp_path / 'text')
   file = text / 'verse/train.jsonl'

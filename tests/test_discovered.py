@@ -181,6 +181,7 @@ def test_resampling_has_the_targets_histogram_and_draws_evenly_within_a_cluster(
     assert sum(times) == drawn[d] and max(times) <= -(-drawn[d] // (general[name] // 48))
 
 
+@pytest.mark.long
 def test_a_config_resamples_for_a_target(clustered, stores, tmp_path):
   ended = runs.demix('train', f'--config={runs.ROOT / "configs/importance.py"}:{clustered},'
                      f'{corpus.NOVEL}', f'--workdir={tmp_path / "W"}', *(

@@ -110,8 +110,9 @@ def test_greedy_text_and_weights_are_those_of_recomputing_everything(way):
   assert way == 'average' or np.ptp(weights) > 0.2  # unequal experts, unequal weights
 
 
-@pytest.mark.parametrize(('kind', 'scan'), [('gpt', False), ('llama', True), ('period 2', False),
-                                            ('period 2', True)])
+@pytest.mark.parametrize('kind,scan', [
+    ('gpt', False), ('llama', True), pytest.param('period 2', False, marks=pytest.mark.long),
+    pytest.param('period 2', True, marks=pytest.mark.long)])
 def test_every_kind_of_model_writes_from_its_cache(kind, scan):
   mixed, model, params = mixture(kind, scan=scan)
   ids, weights = Slow(model, params, mixed.config).text(PROMPT, 5, np.full(4, 0.25))

@@ -13,6 +13,7 @@ import time
 import corpus
 import pytest
 import runs
+from cases import some
 from checkpoint_cases import flip
 
 from demix import checkpoint, metrics
@@ -38,12 +39,9 @@ def training(workdir):
   return [{k: v for k, v in row.items() if not k.startswith('eval/')} for row in runs.rows(workdir)]
 
 
-DEFAULT = ('dense', 'documents', 'schedule')
-
-
-@pytest.mark.parametrize('kind', [
-    pytest.param(k, marks=() if k in DEFAULT else pytest.mark.long)
-    for k in KINDS if k != 'demix'])  # that is killed below
+# demix is killed below
+@pytest.mark.parametrize('kind', some([k for k in KINDS if k != 'demix'],
+                                      ('dense', 'documents', 'schedule')))
 def test_a_run_that_was_stopped_at_a_checkpoint_goes_on_to_the_bit(stores, tmp_path, kind):
   store = shutil.copytree(stores.bytes, tmp_path / 'store')  # document packing writes an index
   for name, stops in (('whole', (8,)), ('parts', (4, 8))):
@@ -57,7 +55,7 @@ def test_a_run_that_was_stopped_at_a_checkpoint_goes_on_to_the_bit(stores, tmp_p
 
 # ---- killed -----------------------------------------------------------------------------------
 
-LONG = {'model__ffn': 'demix', 'train__steps': 150, 'optimizer__schedule_steps': 150,
+LONG = {'model__ffn': 'demix', 'train__steps': 80, 'optimizer__schedule_steps': 80,
         'train__checkpoint_every': 7, 'train__eval_every': 40}
 
 

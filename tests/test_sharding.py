@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 import runs
+from cases import some
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 from models import drawn, tiny
@@ -169,11 +170,6 @@ def test_a_mesh_that_does_not_fit_is_refused_with_all_sizes(axes):
 DEFAULT = ('expert 4 data 2', 'expert 2 data 2 fsdp 2', '3 runs, expert 2 data 4')
 
 
-def cases(of) -> list:
-  """Of CASES or BESIDE; those beside DEFAULT are long."""
-  return [pytest.param(case, marks=() if case in DEFAULT else pytest.mark.long) for case in of]
-
-
 @pytest.fixture(scope='module')
 def printed(request):
   """{case: what tests/sharded_program.py found}."""
@@ -193,7 +189,7 @@ def found(printed):
   return {case: printed[case] for case in CASES if case in printed}
 
 
-each_case = pytest.mark.parametrize('case', cases(CASES))
+each_case = pytest.mark.parametrize('case', some(CASES, DEFAULT))
 
 
 def slices(leaves, of) -> dict:
@@ -301,7 +297,7 @@ def test_the_cases_are_what_their_names_say(found):
 
 # ---- several runs side by side
 
-@pytest.mark.parametrize('case', cases(BESIDE))
+@pytest.mark.parametrize('case', some(BESIDE, DEFAULT))
 def test_runs_on_the_expert_axis_send_each_other_nothing_and_are_those_of_one_device(
     printed, case):
   it = printed[case]

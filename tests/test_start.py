@@ -290,6 +290,7 @@ def test_the_step_reads_frozen_leaves_and_returns_none(models):
   assert state['params'].keys() == {'block_0'} and state['params']['block_0'].keys() == {'ffn'}
 
 
+@pytest.mark.long
 def test_a_frozen_run_on_a_mesh_is_the_same_run(models, frozen, stores, tmp_path):
   """Four devices, parameters split over two: losses agree, frozen leaves are equal to the bit."""
   flags = runs.overrides(stores.bytes, tmp_path / 'A', init__model=models['demix'],

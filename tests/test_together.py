@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import runs
+from cases import some
 from jax.sharding import AbstractMesh
 from models import tiny
 from test_forest import TRAIN, config_file, digests, forest
@@ -85,7 +86,7 @@ def last_step(workdir):
 # ---- the same ---------------------------------------------------------------------------------
 
 # In a loop's body XLA makes the same of a step only where it optimizes: launch/test.sh.
-WORDS = ['threads', pytest.param('map', marks=pytest.mark.long)]
+WORDS = some(['threads', 'map'], ['threads'])
 
 
 @pytest.mark.parametrize('word', WORDS)
@@ -119,6 +120,7 @@ def test_what_was_begun_alone_goes_on_together_from_wherever_each_is(apart, tmp_
   same(F, apart)
 
 
+@pytest.mark.long
 def test_what_was_begun_together_goes_on_alone(copy, apart):
   assert forest('run', f'--forest={copy}', '--together').code == 0
   with manifest.edit(copy) as found:

@@ -119,6 +119,7 @@ def test_labels_and_order_do_not_matter_where_documents_go(stores, tmp_path):
     assert sorted(texts(again, 'train', [name])) == sorted(texts(store, 'train', [name]))
 
 
+@pytest.mark.long
 def test_other_processes_make_the_same_store(stores, tmp_path):
   """Other hash seeds, other numbers of threads: the same bytes."""
   source, store = stores

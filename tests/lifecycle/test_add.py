@@ -139,6 +139,7 @@ def test_no_gain_is_flagged_and_refused_where_a_gain_is_required(models, adapted
   assert table.count(flag) == 2  # under each measure
 
 
+@pytest.mark.long
 def test_it_is_evaluated_listed_and_trained_on_like_any_workdir(grown, stores, tmp_path):
   copy = shutil.copytree(grown, tmp_path / 'W2')
   ended = runs.demix('evaluate', f'--model={copy}', f'--domains={NOVEL},code', '--limit=2')

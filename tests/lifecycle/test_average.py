@@ -69,6 +69,7 @@ def test_copies_and_one_hot_weights_are_that_model_to_the_bit(branches, models, 
   assert leaves(tmp_path / 'B')['state_digest'] == leaves(branches['code'])['state_digest']
 
 
+@pytest.mark.long
 def test_the_result_is_evaluated_and_trains_on(branches, stores, tmp_path):
   assert merge(tmp_path / 'W', *branches.values()).code == 0
   ended = runs.demix('evaluate', f'--model={tmp_path / "W"}', '--domains=code', '--limit=2')

@@ -116,6 +116,7 @@ def test_all_that_still_holds_it_is_named(place):
   assert json.loads((F / 'W2/config.json').read_text())['lifecycle'] == [record]
 
 
+@pytest.mark.long
 def test_it_is_evaluated_listed_and_trained_on_like_any_workdir(place, stores, tmp_path):
   copy = shutil.copytree(place[0] / 'W2', tmp_path / 'W2')
   ended = runs.demix('evaluate', f'--model={copy}', '--domains=code,legal', '--limit=2')
