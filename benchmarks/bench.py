@@ -1,7 +1,7 @@
 """One table: model size × mesh × arm. tokens/s, MFU, memory, compile time, time to the first step.
 
   python benchmarks/bench.py [--sizes=1m,10m] [--meshes='data=-1;data=-1,expert=2']
-      [--dtype=float32] [--arms=dense,demix,general,linen,unmeshed] [--repeats=5]
+      [--dtype=float32] [--arms=dense,demix,general,together,linen,unmeshed] [--repeats=5]
       [--set=remat=dots,loss_block=8192] [--json=FILE] [--compare=EARLIER.json] [--profile=DIR]
 
 The arms of one size and mesh take turns. What each figure means: benchmarks/README.md.
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import measure
 
-ARMS = ('dense', 'demix', 'general', 'linen', 'unmeshed')
+ARMS = ('dense', 'demix', 'general', 'together', 'linen', 'unmeshed')
 # Dense bfloat16 (without sparsity) FLOP/s of a chip by its data sheet, by part of device_kind.
 SHEETS = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'v6': 918e12,
           'v5p': 459e12, 'v5 lite': 197e12, 'v4': 275e12}
@@ -67,15 +67,66 @@ class Arm:
     compiling = time.perf_counter()
     self.step = step.lower(self.state, self.batch, self.frozen).compile()
     self.compile_seconds = time.perf_counter() - compiling
-    m = self.step.memory_analysis()
-    self.bytes = (m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
-                  + m.temp_size_in_bytes)
+    self.bytes = held(self.step.memory_analysis())
     self()
     self.first_loss, self.first_seconds = self.loss, time.perf_counter() - started
 
   def __call__(self):
     self.state, out = self.step(self.state, self.batch, self.frozen)
     self.loss = float(out['loss'])
+
+
+def held(analysis) -> int:
+  """Bytes that a compiled program needs on a device."""
+  return (analysis.argument_size_in_bytes + analysis.output_size_in_bytes
+          - analysis.alias_size_in_bytes + analysis.temp_size_in_bytes)
+
+
+class Together:
+  """As many dense LMs as there are domains, trained side by side (demix/together.py), each with its
+  share of the rows; with the attributes of an Arm. `loss` is that of the first."""
+
+  def __init__(self, size: measure.Size, mesh, dtype: str, execution: dict):
+    import numpy as np
+
+    from demix import sharding
+    from demix.optimizer import AdamW, OptimizerConfig
+    from demix.params import Model
+    from demix.step import Program
+    from demix.together import chosen, lift
+    from demix.transformer import ExecutionConfig, preset
+    started, runs = time.perf_counter(), len(measure.EXPERTS)
+    rows = size.batch // runs
+    sharding.check_rows(mesh, rows, ('data', 'fsdp'))
+    model = Model(preset(size.preset, vocab_size=size.vocab, max_length=size.length),
+                  ExecutionConfig(**execution), dtype)
+    self.flops = size.tokens * model.flops_per_token(size.length)
+    program = Program(model, AdamW(OptimizerConfig(schedule='constant', warmup_share=0.0), 1000),
+                      '', 1, True, 1, mesh)
+    ids = np.random.default_rng(0).integers(
+        0, size.vocab, (runs, rows, size.length + 1), dtype=np.int32)
+    self.batches = [{'tokens_BL': x[:, :-1], 'targets_BL': x[:, 1:],
+                     'weights_BL': np.ones((rows, size.length), np.float32),
+                     'domain_B': np.zeros(rows, np.int32)} for x in ids]
+    word = chosen('auto', program)
+    self.lifted = lift(word, [program] * runs, [program.fresh(i) for i in range(runs)])
+    compiling = time.perf_counter()
+    if word == 'threads':  # each run's own program, on as many cores at once
+      m = program.step.lower(*program.abstract[:1], self.batches[0], {}).compile(
+          ).memory_analysis()
+      self.bytes = runs * m.argument_size_in_bytes + len(self.lifted._threads) * (
+          held(m) - m.argument_size_in_bytes)
+    else:
+      stacked = {n: np.stack([b[n] for b in self.batches]) for n in self.batches[0]}
+      self.bytes = held(self.lifted._step.lower(
+          self.lifted.states[0], stacked, self.lifted.states[1]).compile().memory_analysis())
+    self.compile_seconds = time.perf_counter() - compiling
+    self()
+    self.first_loss, self.first_seconds = self.loss, time.perf_counter() - started
+
+  def __call__(self):
+    rows = [read() for read in self.lifted.step(self.batches)]  # waits for all
+    self.loss = float(rows[0]['loss'])
 
 
 class Peer:
@@ -98,9 +149,7 @@ class Peer:
                                flat, {'tokens_BL': ids[:, :-1], 'targets_BL': ids[:, 1:]})
     self.flops = size.tokens * model.flops_per_token(size.length)
     self.compile_seconds = self.run.compile_seconds
-    m = self.run.step.memory_analysis()
-    self.bytes = (m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
-                  + m.temp_size_in_bytes)
+    self.bytes = held(self.run.step.memory_analysis())
     self()
     self.first_loss, self.first_seconds = self.loss, time.perf_counter() - started
 
@@ -172,8 +221,9 @@ def table(size: str, text: str, mesh, names, args, multiply, sheet, kind) -> lis
   import jax
   call, product_flops = multiply
   shape, devices = measure.SIZES[size], mesh.size
-  arms = {n: Peer(shape) if n == 'linen' else Arm(n, shape, mesh, args.dtype, settings(args.set))
-          for n in names}
+  made = {'linen': lambda *_: Peer(shape), 'together': Together}
+  arms = {n: made[n](shape, mesh, args.dtype, settings(args.set)) if n in made
+          else Arm(n, shape, mesh, args.dtype, settings(args.set)) for n in names}
   times = measure.interleave({'product': call, **arms}, args.repeats,
                              dict.fromkeys(arms, args.inner))
   if args.profile:

@@ -1,6 +1,9 @@
 """The verb `merge`: whole LMs averaged into an ordinary workdir."""
 
+import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -140,3 +143,16 @@ def test_too_few_models_and_taken_folders_are_refused(branches, tmp_path):
   full = shutil.copytree(branches['code'], tmp_path / 'full')
   assert 'is not empty' in merge(full, *branches.values()).error(2)
   assert 'are named' in merge(tmp_path / 'W', branches['code'], branches['code']).error(2)
+
+
+@pytest.mark.long
+def test_it_takes_two_leaves_and_a_gigabyte_whatever_the_size_of_the_parents(tmp_path):
+  """Parents and result of 16 × 100 MB each."""
+  done = subprocess.run(
+      [sys.executable, runs.ROOT / 'benchmarks/merge.py', '--parents=2', '--leaves=16',
+       '--megabytes=100', '--repeats=1', f'--folder={tmp_path}', f'--json={tmp_path / "found"}'],
+      capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr[-2000:]
+  peak = json.loads((tmp_path / 'found').read_text())['peak_megabytes']
+  assert peak['average']['max'] <= 2 * 100 + 1000
+  assert peak['read and write']['max'] > 1600  # what it is spared
