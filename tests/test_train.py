@@ -14,7 +14,7 @@ import pytest
 import runs
 from cases import some
 
-from demix import checkpoint, digests, loss, metrics, workdir
+from demix import checkpoint, digests, loss, metrics, together, workdir
 from demix.config import domain_symbols
 from demix.data.batches import Batches, DataConfig
 from demix.data.store import TokenStore
@@ -353,6 +353,23 @@ def test_a_signal_at_any_moment_ends_with_the_step_that_is_named_saved(
   monkeypatch.setattr(module, name, real)
   assert runs.train(stores.bytes, tmp_path / 'W', **DEMIX).code == 0
   assert runs.digests(tmp_path / 'W')[8] == runs.digests(finished)[8]
+
+
+def test_numbers_are_read_while_the_next_step_runs_and_its_batch_is_there(
+    stores, tmp_path, monkeypatch):
+  begin, seen = together.Each._begin, []
+  def watched(self, i, batch):
+    assert all(isinstance(x, jax.Array) for x in batch.values())  # copied before the step
+    read, number = begin(self, i, batch), 1 + sum(what == 'begun' for what, _ in seen)
+    seen.append(('begun', number))
+    def numbers():
+      seen.append(('read', number))
+      return read()
+    return numbers
+  monkeypatch.setattr(together.Each, '_begin', watched)
+  assert runs.train(stores.bytes, tmp_path / 'W', train__steps=4, **DEMIX).code == 0
+  assert seen == [('begun', 1), ('begun', 2), ('read', 1), ('begun', 3), ('read', 2), ('begun', 4),
+                  ('read', 3), ('read', 4)]
 
 
 # ---- one process at a time --------------------------------------------------------------------
