@@ -83,7 +83,7 @@ def test_each_verb_has_a_summary_and_runs():
     assert callable(module.run) and module.SUMMARY
 
 
-# ---- through real processes -------------------------------------------------------------------
+# ---- what is typed; in this process, further below in one of its own ---------------------------
 
 
 @pytest.fixture(scope='module')
@@ -178,9 +178,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(('typed', 'code', 'text'), CASES, ids=[c[0][-40:] for c in CASES])
-def test_an_error_is_one_line_and_leaves_things_as_they_were(nursery, places, typed, code, text):
+def test_an_error_is_one_line_and_leaves_things_as_they_were(places, typed, code, text):
   before = runs.files(places['P'])
-  result = nursery.run(*(word.format(**places) for word in typed.split()))
+  result = runs.demix(*(word.format(**places) for word in typed.split()))
   message = result.error(code)
   assert text.format(**places) in message and 'Traceback' not in result.err
   assert result.out == '' or code == 1  # what fails later has said what it does
