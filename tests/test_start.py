@@ -253,6 +253,7 @@ def test_what_cannot_be_started_from_is_refused_in_one_line(models, stores, tmp_
   assert ended.out == '' and not [p for p in (tmp_path / 'A').glob('*') if p.name != '.lock']
 
 
+@pytest.mark.long
 def test_ffn_of_an_expert_among_shared_ffns_is_refused(stores, tmp_path):
   every_second = dict(model__ffn='demix', model__expert_every=2, train__steps=1)
   assert runs.train(stores.bytes, tmp_path / 'W', **every_second).code == 0

@@ -103,8 +103,9 @@ def whole():
   return make
 
 
-@pytest.mark.parametrize('kind,count', [('gpt', 2), ('gpt', 4), ('llama', 4)])
-def test_micro_batches_give_the_gradient_of_the_whole_batch(whole, kind, count):
+@pytest.mark.parametrize('case', some([('gpt', 2), ('gpt', 4), ('llama', 4)], [('gpt', 2)]))
+def test_micro_batches_give_the_gradient_of_the_whole_batch(whole, case):
+  kind, count = case
   batches, balanced, (state, metrics) = whole(kind)
   micro = micro_batches(batches[0], count)
   totals = np.asarray(micro['weights_BL']).sum((1, 2))
