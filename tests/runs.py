@@ -79,7 +79,9 @@ def fresh(*argv, env=None) -> Ended:
 
 def devices(count: int) -> dict:
   """Environment of a process with so many virtual devices, else compiled as this one compiles."""
-  more = f'--xla_force_host_platform_device_count={count}'
+  # Devices of a loaded machine wait for one another longer than the 40 s that XLA gives them.
+  more = (f'--xla_force_host_platform_device_count={count} '
+          '--xla_cpu_collective_call_terminate_timeout_seconds=300')
   return {'XLA_FLAGS': f'{os.environ.get("XLA_FLAGS", "")} {more}', 'JAX_PLATFORMS': 'cpu'}
 
 

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 
 ROOT = Path(__file__).parents[1]
 # Sums in another order: 20 updates in float32 stay this near (relative). Seen: see docs/scaling.md.
 TOLERANCE = 2e-5
 
 # Compiled for one run of a few steps.
-FLAGS = ('--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 '
+FLAGS = (runs.devices(8)['XLA_FLAGS'] + ' --xla_backend_optimization_level=0 '
          '--xla_cpu_use_fusion_emitters=false')
 
 
