@@ -112,9 +112,9 @@ class Together:
     self.lifted = lift(word, [program] * runs, [program.fresh(i) for i in range(runs)])
     compiling = time.perf_counter()
     if word == 'threads':  # each run's own program, on as many cores at once
-      m = program.step.lower(*program.abstract[:1], self.batches[0], {}).compile(
-          ).memory_analysis()
-      self.bytes = runs * m.argument_size_in_bytes + len(self.lifted._threads) * (
+      step = program.step.lower(program.abstract[0], self.batches[0], {}).compile()
+      m = step.memory_analysis()
+      self.bytes = runs * m.argument_size_in_bytes + max(1, len(self.lifted._threads)) * (
           held(m) - m.argument_size_in_bytes)
     else:
       stacked = {n: np.stack([b[n] for b in self.batches]) for n in self.batches[0]}

@@ -80,7 +80,8 @@ class Each:
     for i, batch in enumerate(batches):
       out.append(self._threads[i % len(self._threads)].submit(self._begin, i, batch))
       if not self._compiled:
-        self._compiled = bool(out[0].result())  # it may compile, for all
+        out[0].result()  # it may compile, for all
+        self._compiled = True
     return [future.result() for future in out]
 
   def state(self, i: int) -> tuple[dict, dict]:

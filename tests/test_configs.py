@@ -100,7 +100,9 @@ def test_a_config_says_how_it_is_run_and_documents_its_arguments(name):
 @pytest.mark.parametrize('arg', ARGS['mix.py'])
 def test_a_way_of_mixing_can_be(arg):
   content = load_config('configs/mix.py' + (f':{arg}' if arg else ''))
-  settings.from_dict(MixConfig, content.to_dict(), 'mix').check()
+  config = settings.from_dict(MixConfig, content.to_dict(), 'mix')
+  config.check()
+  assert (config == MixConfig()) == (arg == 'uniform'), 'a way of its own'
 
 
 BUILT = [c for c in CASES

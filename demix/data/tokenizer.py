@@ -5,6 +5,7 @@ Kinds: `bytes` (ids 0..255), `bpe` (byte-level BPE trained here), `json` (an exi
 and only when they are made.
 """
 
+import abc
 import functools
 import re
 from pathlib import Path
@@ -27,7 +28,7 @@ _FILES = {'bytes': None, 'bpe': 'tokenizer.json', 'json': 'tokenizer.json',
 _BATCH = 1 << 19
 
 
-class Tokenizer:
+class Tokenizer(abc.ABC):
   """What every kind has; make one with `load`, `ByteTokenizer()`, `bpe.train` or `from_file`.
 
   Attributes:
@@ -75,15 +76,15 @@ class Tokenizer:
     return {'version': VERSION, 'kind': self.kind, 'vocab_size': self.vocab_size,
             'eod_id': self.eod_id, 'fingerprint': self.fingerprint}
 
+  @abc.abstractmethod
   def encode(self, texts: list) -> list:
     """int32 ids of each text, without an end-of-document id. Ordinary text only: the spelling of
     a special token in a text is text."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def spelling(self, i: int) -> bytes:
     """What an id adds to the UTF-8 of a text; blanks between words are part of it, and a character
     may be spread over ids. Nothing for ids of no text."""
-    raise NotImplementedError
 
   def decode(self, ids) -> str:
     """The text of `ids`; ids of no text (end of document) add nothing, invalid UTF-8 becomes
@@ -94,8 +95,9 @@ class Tokenizer:
       raise BadInput(f'id {bad}: the tokenizer has ids 0 to {self.vocab_size - 1}')
     return self._decode(ids[ids != self.eod_id].tolist())
 
+  @abc.abstractmethod
   def _decode(self, ids):
-    raise NotImplementedError
+    """The text of a list of ids that are all of text."""
 
   def spelling_V(self) -> list | None:
     """What each id adds to a text, as bytes (end of document and other control ids: b''); None

@@ -4,6 +4,7 @@ Memory is bounded whatever a part holds, and a part gives the same records in th
 time it is read: it is read to be digested, to train a tokenizer, and to be tokenized.
 """
 
+import abc
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -28,7 +29,7 @@ class Document(NamedTuple):
   ids: tuple = ()
 
 
-class Part:
+class Part(abc.ABC):
   """A stretch of one split: files, or a split of a library's data set.
 
   Attributes:
@@ -40,21 +41,21 @@ class Part:
   size: int = 0
   stamps: Mapping[Path, tuple] = {}
 
+  @abc.abstractmethod
   def digest(self, on_bytes: Callable[[int], None]) -> str:
     """xxh3-128 of the content, all of it read."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def records(self, limit: int, on_bytes: Callable[[int], None]) -> Iterator[tuple[str, object]]:
     """Yields (where it stands, record); None for a record known to be above `limit` bytes.
 
     Raises:
       BadInput: the part is damaged or has no record; whatever bad records are to be.
     """
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def document(self, record) -> Document:
     """What a record says. ValueError: why it cannot be used."""
-    raise NotImplementedError
 
   def keeps(self, data: bytes) -> bool:
     """Whether the document with this UTF-8 belongs to the split."""
