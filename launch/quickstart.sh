@@ -44,7 +44,7 @@ done
 echo; echo "4/5 grow a forest: a seed, a branch for each domain; and their average"
 [ -f "$workdir/forest/forest.json" ] || python -m demix forest plan --forest="$workdir/forest" \
   --data="$workdir/corpus" --config=configs/forest_quickstart.py:0.5,"$seed"
-python -m demix forest run --forest="$workdir/forest" --together --limit=100
+python -m demix forest run --forest="$workdir/forest" --together --limit=50
 [ -d "$workdir/average" ] || python -m demix merge --model=forest:"$workdir/forest" \
   --workdir="$workdir/average"
 echo; echo "5/5 evaluate, one expert at a time, mixed and averaged; then write"
@@ -54,7 +54,7 @@ for model in dense demix forest average; do
 done
 python -m demix evaluate "${models[@]}" --data="$workdir/corpus" \
   --domains="$(python -c 'from configs.quickstart_corpus import DOMAINS; print(",".join(DOMAINS))')" \
-  --limit=192 --mix=given,average,uniform,updating,cached --mix.blocks=100 \
+  --limit=128 --mix=given,average,uniform,updating,cached --mix.blocks=64 \
   --save_priors="$workdir/priors.json" \
   --out="$workdir/results.json" > "$workdir/table.tmp"
 { echo; echo "A text by the DEMix LM's experts (--prompt='class '):"; } >> "$workdir/table.tmp"
