@@ -15,7 +15,7 @@ from demix.data.batches import DataConfig
 from demix.optimizer import OptimizerConfig
 from demix.transformer import ExecutionConfig, preset
 
-STEPS, SHARE = 360, 5
+STEPS, SHARE = 300, 5
 ARMS = {
     'late': dict(schedule='{late} {domain}={share}'),
     'ramp': dict(schedule='{late} {domain}=1, {steps} {domain}={share}', schedule_kind='linear'),
