@@ -73,8 +73,16 @@ class HeldOut(Part):
   def __init__(self, part: Part, low: float, high: float):
     self.part, self.low, self.high = part, low, high
     self.key, self.size, self.stamps = part.key, part.size, part.stamps
-    self.records, self.document, self.digest = part.records, part.document, part.digest
     self.counts = high >= 1
+
+  def digest(self, on_bytes):
+    return self.part.digest(on_bytes)
+
+  def records(self, limit, on_bytes):
+    return self.part.records(limit, on_bytes)
+
+  def document(self, record):
+    return self.part.document(record)
 
   def __str__(self):
     return str(self.part)
