@@ -12,8 +12,22 @@ from flax import nnx
 
 from demix import tree
 from demix.errors import BadInput
+from demix.layers import initializers
 from demix.settings import nearest
 from demix.transformer import ExecutionConfig, ModelConfig, Transformer
+
+
+def _make(config: ModelConfig, seed) -> Transformer:
+  return Transformer(config, rngs=initializers.Keys(jax.random.key(seed)))
+
+
+@functools.cache
+def _traced(config: ModelConfig):
+  """(graph, abstract running tree, canonical names) of a model: once for all like it;
+  every expert that is taken out is one."""
+  graph, state = nnx.split(nnx.eval_shape(lambda: _make(config, 0)))
+  leaves = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), nnx.to_pure_dict(state))
+  return graph, leaves, jax.eval_shape(lambda x: tree.canonical(x, config.experts), leaves).keys()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,22 +47,18 @@ class Model:
     self.config.check()
     self.execution.check()
 
-  def _make(self, key):
-    return Transformer(self.config, rngs=nnx.Rngs(params=key))
-
-  @functools.cached_property
+  @property
   def _graph(self):
-    return nnx.split(nnx.eval_shape(self._make, jax.random.key(0)))[0]
+    return _traced(self.config)[0]
 
   def init(self, seed) -> dict:
     """Fresh parameters (a running tree, float32); a function of `seed` and the config only."""
-    make = lambda seed: nnx.to_pure_dict(nnx.state(self._make(jax.random.key(seed))))
-    return make(seed)
+    return nnx.to_pure_dict(nnx.state(_make(self.config, seed)))
 
-  @functools.cached_property
+  @property
   def abstract(self) -> dict:
     """The running tree as jax.ShapeDtypeStruct: nothing is computed."""
-    return jax.eval_shape(self.init, 0)
+    return jax.tree.map(lambda leaf: leaf, _traced(self.config)[1])  # the caller's own
 
   def apply(self, params, tokens_BL, route, taps=(), *, segments_BL=None, positions_BL=None,
             balanced=False, constrain=lambda x: x, spread=lambda f: f):
@@ -81,9 +91,9 @@ class Model:
     Raises:
       BadInput: leaves that this model has are missing, or others are there; the first is named.
     """
-    known = jax.eval_shape(self.canonical, self.abstract)
-    for names, what in ((known.keys() - flat.keys(), 'missing'),
-                        (flat.keys() - known.keys(), 'there, but not part of this model')):
+    known = _traced(self.config)[2]
+    for names, what in ((known - flat.keys(), 'missing'),
+                        (flat.keys() - known, 'there, but not part of this model')):
       if names:
         more = f' (and {len(names) - 1} more)' if len(names) > 1 else ''
         raise BadInput(f'leaf {min(names)} is {what}{more}')

@@ -169,7 +169,7 @@ REMAT = {
 class Embedding(nnx.Module):
   """Token table [V, D], learned positions [max_length, D], and the output table when untied."""
 
-  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+  def __init__(self, config: ModelConfig, *, rngs: initializers.Keys):
     c = self.config = config
     make = lambda rows: nnx.Param(
         initializers.embedding(rngs.params(), (rows, c.d_model), c.init))
@@ -195,7 +195,7 @@ class Block(nnx.Module):
   pre:  x + f(norm(x));  post (OLMo 2): x + norm(f(x)).
   """
 
-  def __init__(self, config: ModelConfig, experts: bool, *, rngs: nnx.Rngs):
+  def __init__(self, config: ModelConfig, experts: bool, *, rngs: initializers.Keys):
     norm = KINDS[config.norm]
     self.placement = config.norm_placement
     self.attention = Attention(config, rngs=rngs)
@@ -231,13 +231,13 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
   """The whole model. Blocks at the same place of the period are one module with stacked leaves."""
 
-  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+  def __init__(self, config: ModelConfig, *, rngs: initializers.Keys):
     self.config = config
     self.embed = Embedding(config, rngs=rngs)
     keys = jax.random.split(rngs.params(), config.layers)
     for place in range(config.period):
       experts = config.ffn == 'demix' and place == config.period - 1
-      make = lambda key, experts=experts: Block(config, experts, rngs=nnx.Rngs(params=key))
+      make = lambda key, experts=experts: Block(config, experts, rngs=initializers.Keys(key))
       graph, _ = nnx.split(nnx.eval_shape(make, keys[0]))
       leaves = jax.vmap(lambda key, make=make: nnx.split(make(key))[1])(
           keys[place::config.period])

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import runs
+from cases import some
 from checkpoint_cases import ROOT, latest, like, same_bits, save, state_of
 
 from demix import checkpoint
@@ -99,13 +100,14 @@ def check(directory, before):
   return step, left
 
 
-def test_kills_at_random_moments_lose_no_finished_checkpoint(tmp_path, nursery):
+@pytest.mark.parametrize('kills', some([10, 40], [10]))
+def test_kills_at_random_moments_lose_no_finished_checkpoint(tmp_path, nursery, kills):
   delays, step, interrupted = random.Random(0), 0, 0
-  for _ in range(16):
+  for _ in range(kills):
     nursery(tmp_path, 'random', delays.uniform(0, 0.3))
     step, left = check(tmp_path, step)
     interrupted += bool(left)
-  assert interrupted >= 4, 'the kills did not hit saves'
+  assert interrupted >= kills // 8, 'the kills did not hit saves'
 
 
 @pytest.mark.parametrize(('moment', 'leaves_something'), [

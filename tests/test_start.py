@@ -109,8 +109,9 @@ def test_what_was_resolved_is_recorded_and_identity(models, frozen):
   assert not any(k.startswith('init.') for k in parent['identity'])
 
 
-@pytest.mark.parametrize(('kind', 'trainable'), [('dense', 'all'), ('dense', 'ffn'),
-                                                 ('demix#legal', 'all'), ('demix', 'ffn')])
+@pytest.mark.parametrize(('kind', 'trainable'), [
+    ('dense', 'all'), pytest.param('dense', 'ffn', marks=pytest.mark.long),
+    pytest.param('demix#legal', 'all', marks=pytest.mark.long), ('demix', 'ffn')])
 def test_every_kind_of_model_is_adapted(models, stores, tmp_path, kind, trainable):
   name, _, expert = kind.partition('#')
   reference = f'{models[name]}@20{kind[len(name):]}'

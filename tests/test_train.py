@@ -52,7 +52,7 @@ def copy(finished, tmp_path):
 
 
 @pytest.mark.parametrize('kind', some(KINDS, (
-    'dense', 'dense weights', 'domain token', 'demix', 'demix every second', 'documents')))
+    'dense weights', 'demix', 'domain token')))
 def test_a_run_of_each_kind_and_what_it_logs(stores, tmp_path, kind):
   store = shutil.copytree(stores.bytes, tmp_path / 'store')  # document packing writes an index
   ended = runs.train(store, tmp_path / 'W', train__steps=3, **KINDS[kind])
@@ -86,7 +86,7 @@ def test_a_run_of_each_kind_and_what_it_logs(stores, tmp_path, kind):
   assert rows[0]['train/loss'] == pytest.approx(math.log(257), abs=0.7)
 
 
-@pytest.mark.parametrize('kind', ['demix', 'documents', 'domain token'])
+@pytest.mark.parametrize('kind', some(['demix', 'documents', 'domain token'], ['documents']))
 def test_the_first_loss_is_that_of_the_fresh_model_on_batch_0(stores, tmp_path, kind):
   """What the loop gives to the step: its batch, its seed, segments and positions of documents."""
   store = TokenStore.open(shutil.copytree(stores.bytes, tmp_path / 'store'))
@@ -275,10 +275,12 @@ def plant(monkeypatch, step, domain):
   monkeypatch.setattr(Batches, 'iterate', planted)
 
 
-@pytest.mark.parametrize(('step', 'domain', 'kept'), [(6, 'verse', [4]), (5, 'code', [4]),
-                                                      (8, 'kitchen', [4]), (4, 'legal', [])])
+@pytest.mark.parametrize('case', some(
+    [(6, 'verse', [4]), (5, 'code', [4]), (8, 'kitchen', [4]), (4, 'legal', [])],
+    [(6, 'verse', [4]), (4, 'legal', [])]))
 def test_a_bad_batch_ends_the_run_and_a_good_one_goes_on_as_if_it_had_not_been(
-    finished, stores, tmp_path, monkeypatch, step, domain, kept):
+    finished, stores, tmp_path, monkeypatch, case):
+  step, domain, kept = case
   # The save of step 4 takes long: it is under way when step 5 or 6 ends the run.
   seal = digests.seal
   monkeypatch.setattr(digests, 'seal', lambda *a: (time.sleep(0.3), seal(*a)))
@@ -332,7 +334,7 @@ def test_a_signal_saves_and_exits_75_and_the_same_command_goes_on(stores, nurser
   assert [r['step'] for r in metrics.read(tmp_path / 'W')] == list(range(1, step + 3))
 
 
-@pytest.mark.parametrize('moment', ['evaluation', 'save', 'start'])
+@pytest.mark.parametrize('moment', some(['evaluation', 'save', 'start'], ['save']))
 def test_a_signal_at_any_moment_ends_with_the_step_that_is_named_saved(
     finished, stores, tmp_path, monkeypatch, moment):
   module, name = {'evaluation': (perplexity, 'evaluate'), 'save': (checkpoint.Checkpoints, 'save'),

@@ -82,7 +82,7 @@ attend.defvjp(_attend, _attend_backward)
 class Attention(nnx.Module):
   """softmax(q kᵀ / sqrt(K)) v with H query heads over `kv_heads` key and value heads."""
 
-  def __init__(self, config, *, rngs: nnx.Rngs):
+  def __init__(self, config, *, rngs: initializers.Keys):
     c = self.config = config
     inputs = {'q': c.heads, 'k': c.kv_heads or c.heads, 'v': c.kv_heads or c.heads}
     for name, heads in inputs.items():

@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from demix.layers import feed_forward
+from demix.layers import feed_forward, initializers
 
 
 class DomainExperts(nnx.Module):
   """The leaves of E experts, stacked on a leading axis: up [E, D, F], down [E, F, D], …"""
 
-  def __init__(self, config, *, rngs: nnx.Rngs):
+  def __init__(self, config, *, rngs: initializers.Keys):
     self.names = ()
     for name, value in feed_forward.weights(config, rngs).items():
       copies = jnp.broadcast_to(value, (len(config.experts), *value.shape))
@@ -84,7 +84,7 @@ def any_rows():
 class DomainExpertFFN(nnx.Module):
   """E feed-forward layers, chosen or weighted by the domain of the row."""
 
-  def __init__(self, config, *, rngs: nnx.Rngs):
+  def __init__(self, config, *, rngs: initializers.Keys):
     self.experts = DomainExperts(config, rngs=rngs)
     self.activation, self.num_experts = config.activation, len(config.experts)
 

@@ -26,7 +26,7 @@ ACTIVATIONS = {
 }
 
 
-def weights(config, rngs: nnx.Rngs) -> dict:
+def weights(config, rngs: initializers.Keys) -> dict:
   """A fresh feed-forward layer's leaves: up [D, F], down [F, D], gate [D, F] and biases."""
   c, D, F = config, config.d_model, config.ff_width
   leaves = {'up': initializers.feed_forward_input(rngs.params(), (D, F), c.init)}
@@ -65,7 +65,7 @@ def forward(leaves: dict, x, activation: str, product=None):
 class FeedForward(nnx.Module):
   """One feed-forward layer for all domains."""
 
-  def __init__(self, config, *, rngs: nnx.Rngs):
+  def __init__(self, config, *, rngs: initializers.Keys):
     self.activation, self.names = config.activation, ()
     for name, value in weights(config, rngs).items():
       setattr(self, name, nnx.Param(value))

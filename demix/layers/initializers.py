@@ -9,6 +9,22 @@ import jax
 import jax.numpy as jnp
 
 
+class Keys:
+  """The keys of nnx.Rngs(params=key), counted in Python.
+
+  Flax counts in a variable, and sets it after asking both numbers for their sharding. A traced one
+  has none, which JAX says with a print of all equations so far: half the time of tracing an init.
+  """
+
+  def __init__(self, key):
+    self._key, self._count = key, 0
+
+  def params(self):
+    """The next key."""
+    self._count += 1
+    return jax.random.fold_in(self._key, self._count - 1)
+
+
 def embedding(key, shape, scheme: str):
   """[V or L, D] table."""
   std = shape[-1] ** -0.5 if scheme == 'fairseq' else 0.02

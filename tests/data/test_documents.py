@@ -6,6 +6,7 @@ import sys
 import pytest
 import xxhash
 import zstandard
+from cases import some
 from corpus_cases import document, jsonl, refused, small, verb, write
 
 from demix.data.documents import Reader, source
@@ -197,7 +198,7 @@ def test_compressed_files_that_are_cut_off_or_corrupt_are_refused(tmp_path, caps
 
 
 @pytest.mark.parametrize('suffix', COMPRESS)
-@pytest.mark.parametrize('byte', [b'a', b'\n'])
+@pytest.mark.parametrize('byte', some([b'a', b'\n'], [b'a']))
 def test_a_line_without_end_and_a_bomb_take_bounded_memory(tmp_path, suffix, byte):
   """200 MB in one line, or millions of lines, read by a process that may have 120 MB."""
   file = tmp_path / f'train.jsonl{suffix}'

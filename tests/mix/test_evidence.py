@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import models
 import numpy as np
 import pytest
+from cases import some
 
 from demix.mix import evidence
 
@@ -94,7 +95,7 @@ def test_a_window_of_one_is_the_token_before():
   np.testing.assert_array_equal(preceding(loglik, window=1)[..., 1:], behind[..., :-1])
 
 
-@pytest.mark.parametrize('options', [{}, {'window': 1000}], ids=str)
+@pytest.mark.parametrize('options', some([{}, {'window': 1000}], [{}]), ids=str)
 def test_a_very_long_text_neither_overflows_nor_forgets(options):
   loglik = np.full((3, 1, 100_000), -1.0, np.float32)
   loglik[1] -= 10
