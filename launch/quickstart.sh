@@ -54,7 +54,7 @@ for model in dense demix forest average; do
 done
 python -m demix evaluate "${models[@]}" --data="$workdir/corpus" \
   --domains="$(python -c 'from configs.quickstart_corpus import DOMAINS; print(",".join(DOMAINS))')" \
-  --limit=96 --mix=given,average,uniform,updating,cached --mix.blocks=64 \
+  --limit=64 --mix=given,average,uniform,updating,cached --mix.blocks=48 \
   --save_priors="$workdir/priors.json" \
   --out="$workdir/results.json" > "$workdir/table.tmp"
 { echo; echo "A text by the DEMix LM's experts (--prompt='class '):"; } >> "$workdir/table.tmp"

@@ -22,7 +22,7 @@ started=$SECONDS
 ruff check .
 python -m compileall -q demix configs benchmarks colabs tests
 if [ ${#long[@]} -gt 0 ]; then
-  python -m pytest --long -m long --durations=10 "$@"
+  python -m pytest --long -n 2 --dist loadfile -m long --durations=10 "$@"
   # Again what has to be equal to the bit, compiled as for users.
   [ $# -gt 0 ] || python -m pytest --long -n 2 --dist loadfile -m "exact and not long" --durations=10
 else
