@@ -27,7 +27,7 @@ def start(workdir, **options):
 def test_quickstart_continues_where_it_was_killed_and_ends_in_a_table(tmp_path):
   workdir = tmp_path / 'run'
   first = start(workdir)
-  finished = workdir / 'dense' / 'checkpoints' / '50' / 'digests.json'
+  finished = workdir / 'dense' / 'checkpoints' / '70' / 'digests.json'
   deadline = time.monotonic() + 600
   while not finished.exists():
     assert first.poll() is None, first.stdout.read()
