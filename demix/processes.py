@@ -7,6 +7,7 @@ waits for the other processes is called by all of them, on their main threads, i
 
 import contextlib
 import os
+import re
 import sys
 
 import numpy as np
@@ -28,6 +29,18 @@ def first() -> bool:
   return jax.process_index() == 0
 
 
+def _make_room(processes: int):
+  """More threads for XLA on CPU, before it starts them: by default it has one a core or device.
+
+  A collective that waits holds its thread, and a device may wait in two at once. Eight devices of
+  one process with eight threads then wait for ever (seen: seven in one sum and one in another).
+  """
+  found = re.search(r'host_platform_device_count=(\d+)', os.environ.get('XLA_FLAGS', ''))
+  devices = int(found[1]) if found else 1
+  if processes != 1 or devices > 1:
+    os.environ.setdefault('PJRT_NPROC', str(max(os.cpu_count() or 1, 8 * devices)))
+
+
 @contextlib.contextmanager
 def joined(processes: int, process: int = 0, coordinator: str = '', patience: int = 100):
   """Joins the processes of a run for the `with` block; before JAX has touched a device.
@@ -43,6 +56,7 @@ def joined(processes: int, process: int = 0, coordinator: str = '', patience: in
     BadInput: the environment does not say it, or the numbers cannot be.
     DemixError: the others did not come.
   """
+  _make_room(processes)
   if processes == 1:
     yield
     return

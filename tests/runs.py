@@ -79,10 +79,12 @@ def fresh(*argv, env=None) -> Ended:
 
 def devices(count: int) -> dict:
   """Environment of a process with so many virtual devices, else compiled as this one compiles."""
-  # Devices of a loaded machine wait for one another longer than the 40 s that XLA gives them.
+  # Devices of a loaded machine wait for one another longer than the 40 s that XLA gives them; and
+  # they need more threads than XLA makes (demix/processes.py: _make_room).
   more = (f'--xla_force_host_platform_device_count={count} '
           '--xla_cpu_collective_call_terminate_timeout_seconds=300')
-  return {'XLA_FLAGS': f'{os.environ.get("XLA_FLAGS", "")} {more}', 'JAX_PLATFORMS': 'cpu'}
+  return {'XLA_FLAGS': f'{os.environ.get("XLA_FLAGS", "")} {more}', 'JAX_PLATFORMS': 'cpu',
+          'PJRT_NPROC': str(8 * count)}
 
 
 NURSERY = '''

@@ -23,8 +23,8 @@ def program(store, folder, *cases) -> dict:
   """What tests/mesh_program.py prints for the cases."""
   done = subprocess.run(
       [sys.executable, str(ROOT / 'tests/mesh_program.py'), str(store), str(folder), *cases],
-      capture_output=True, text=True, env=os.environ | {
-          'XLA_FLAGS': FLAGS, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)})
+      capture_output=True, text=True, env=os.environ | runs.devices(8) | {
+          'XLA_FLAGS': FLAGS, 'PYTHONPATH': str(ROOT)})
   assert done.returncode == 0, done.stderr[-3000:]
   return json.loads(done.stdout)
 

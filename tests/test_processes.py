@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import runs
 
-from demix import checkpoint, metrics
+from demix import checkpoint, metrics, processes
 
 ROOT = Path(__file__).parents[1]
 CHANGES = dict(model__ffn='demix', model__layers=1, train__steps=6, train__checkpoint_every=3,
@@ -175,3 +175,17 @@ def test_a_process_without_its_number_is_refused(stores, tmp_path):
                      *runs.overrides(stores.bytes, tmp_path / 'w'))
   assert 'give it as a flag, --config.mesh.processes=2' in ended.error(2)
   assert not (tmp_path / 'w/config.json').exists()
+
+
+def test_several_devices_on_cpu_have_threads_to_wait_in(monkeypatch):
+  """XLA reads it when it starts them; eight devices with eight threads waited for ever."""
+  monkeypatch.delenv('PJRT_NPROC', raising=False)
+  for count, flags, enough in ((1, '', None), (2, '', 8), (1, runs.devices(8)['XLA_FLAGS'], 64)):
+    monkeypatch.setenv('XLA_FLAGS', flags)
+    processes._make_room(count)
+    has = os.environ.get('PJRT_NPROC')
+    assert has is None if enough is None else int(has) >= enough
+    monkeypatch.delenv('PJRT_NPROC', raising=False)
+  monkeypatch.setenv('PJRT_NPROC', '5')
+  processes._make_room(2)
+  assert os.environ['PJRT_NPROC'] == '5'

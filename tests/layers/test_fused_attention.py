@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import models
 import numpy as np
 import pytest
+import runs
 from models import BALANCED, batch_of, drawn, tiny
 
 from demix.errors import BadInput
@@ -143,6 +144,5 @@ print('same')
 def test_devices_run_splash_on_their_own_rows_and_heads():
   done = subprocess.run(
       [sys.executable, '-c', SPREAD], capture_output=True, text=True, timeout=300,
-      env=os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=4',
-                        'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)})
+      env=os.environ | runs.devices(4) | {'PYTHONPATH': str(ROOT)})
   assert done.stdout == 'same\n', done.stderr[-2000:]
