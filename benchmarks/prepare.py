@@ -1,13 +1,14 @@
 """How fast `prepare` is on one core, and how much memory it takes.
 
   python benchmarks/prepare.py [--full] [--megabytes=64] [--repeats=7] [--texts=FOLDER]
-      [--format=jsonl|zst|parquet|array_record|huggingface|tfds|tokens]
+      [--format=jsonl|zst|text|parquet|array_record|huggingface|tfds|tokens|seqio]
 
 Prints the rate of byte-level BPE (beside that of the library given whole documents, in turns), then
 runs `python -m demix prepare` on one generated file and prints its wall time, CPU time and peak
 memory. --full: a file of 1 GB. --format: what holds the text (not jsonl: by bytes as tokens, so
 that reading is what is measured; without the rate of BPE). --texts: files to take text from (*.py
-and *.txt, in all folders below); the standard library of this Python by default.
+and *.txt, in all folders below); the standard library of this Python by default. seqio needs an
+environment with requirements-seqio.txt (.venv-seqio, which launch/test.sh --long makes).
 """
 
 import argparse
@@ -27,7 +28,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # from a checkout, without installing
 
 
-FORMATS = ('jsonl', 'zst', 'parquet', 'array_record', 'huggingface', 'tfds', 'tokens')
+FORMATS = ('jsonl', 'zst', 'text', 'parquet', 'array_record', 'huggingface', 'tfds', 'tokens',
+           'seqio')
+TASK = '''import functools, seqio, tensorflow as tf
+seqio.TaskRegistry.add(
+    'generated', metric_fns=[], source=seqio.TextLineDataSource({{'train': {!r}}}),
+    preprocessors=[lambda lines: lines.map(lambda line: {{'targets': line}})],
+    output_features={{'targets': seqio.Feature(seqio.PassThroughVocabulary(size=1), add_eos=False,
+                                             dtype=tf.string, rank=0)}})
+'''
 CONFIG = '''from ml_collections import ConfigDict
 from demix.data.prepare import PrepareConfig
 from demix.settings import to_dict
@@ -79,7 +88,18 @@ def generate_as(name: str, target: Path, folder: Path, size: int) -> dict:
       for row in rows:
         out.write(orjson.dumps(row) + b'\n')
     return entry | {'source': 'jsonl', 'path': str(path)}
-  if name == 'parquet':
+  if name == 'text':
+    (target / 'train').mkdir()
+    for i, row in enumerate(rows):
+      (target / f'train/{i}.txt').write_text(row['text'], 'utf-8')
+    entry['path'] = str(target / '{split}/*.txt')
+  elif name == 'seqio':
+    with open(target / 'lines.txt', 'wb') as f:
+      for row in rows:
+        f.write(' '.join(row['text'].split()).encode() + b'\n')
+    (target / 'generated_task.py').write_text(TASK.format(str(target / 'lines.txt')))
+    return entry | {'path': 'generated', 'module': 'generated_task'}
+  elif name == 'parquet':
     import pyarrow
     from pyarrow import parquet
     schema = pyarrow.schema({'text': pyarrow.string()})
@@ -179,7 +199,8 @@ def preparing(folder: Path, size: int, name: str):
       command += [f'--config={file}', '--config.tokenizer=bytes']
     for label in ('first time', 'again'):
       started = time.perf_counter()
-      process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+      process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL,
+                                 env=os.environ | {'PYTHONPATH': str(temporary / 'in')})
       _, status, used = os.wait4(process.pid, 0)
       wall = time.perf_counter() - started
       process.returncode = os.waitstatus_to_exitcode(status)

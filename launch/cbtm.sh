@@ -73,7 +73,7 @@ for arm in "${arms[@]}"; do
   [ -f "$forest/forest.json" ] || python -m demix forest plan --forest="$forest" \
     --config=configs/forest_clusters.py:"${arm//[a-z]/},$steps" --data="$workdir/clusters/$arm"
   [ -d "$forest/seed" ] || cp -r "$workdir/seed" "$forest/seed"
-  python -m demix forest run --forest="$forest"
+  python -m demix forest run --forest="$forest" --together --limit=100
 done
 
 echo; echo "4/4 evaluate on the same test text, the first $windows blocks of each labelled domain"
