@@ -26,10 +26,7 @@ if [ ${#long[@]} -gt 0 ]; then
   # Again what has to be equal to the bit, compiled as for users.
   [ $# -gt 0 ] || python -m pytest --long -n 2 --dist loadfile -m "exact and not long" --durations=10
 else
-  # Most of the time goes into compiling tiny programs, each for one run: without LLVM's
-  # optimizations and the fusion emitters a training step takes 1.5 CPU seconds instead of 9.5.
-  export JAX_TRACEBACK_IN_LOCATIONS_LIMIT=0
-  export XLA_FLAGS="${XLA_FLAGS:-} --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+  export JAX_TRACEBACK_IN_LOCATIONS_LIMIT=0 XLA_FLAGS="${XLA_FLAGS:-} $(python tests/xla_flags.py)"
   python -m pytest -n 2 --dist loadfile -m "not long" --durations=10 "$@"
 fi
 echo "took $((SECONDS - started))s after installation"

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from xla_flags import FAST
 
 from demix import tree
 from demix.optimizer import AdamW, OptimizerConfig
@@ -26,7 +27,8 @@ KINDS = {
 
 # Compiled for one run: a step takes 0.5 s to compile, not 3.7, and is slow where nobody looks.
 jit = functools.partial(jax.jit, compiler_options={
-    'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False})
+    'xla_backend_optimization_level': 0,
+    **({'xla_cpu_use_fusion_emitters': False} if 'emitters' in FAST else {})})
 
 
 @functools.cache

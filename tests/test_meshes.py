@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import runs
+from xla_flags import FAST
 
 ROOT = Path(__file__).parents[1]
 # Sums in another order: 20 updates in float32 stay this near (relative). Seen: see docs/scaling.md.
 TOLERANCE = 2e-5
 
-# Compiled for one run of a few steps.
-FLAGS = (runs.devices(8)['XLA_FLAGS'] + ' --xla_backend_optimization_level=0 '
-         '--xla_cpu_use_fusion_emitters=false')
+FLAGS = f'{runs.devices(8)["XLA_FLAGS"]} {FAST}'
 
 
 def program(store, folder, *cases) -> dict:

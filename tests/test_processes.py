@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import runs
+from xla_flags import FAST
 
 from demix import checkpoint, metrics, processes
 
@@ -32,8 +33,7 @@ class Pair:
       changes |= dict(mesh__processes=count, mesh__coordinator=f'127.0.0.1:{port}',
                       mesh__patience=patience)
     # Compiled for one run of a few steps; a cache of their own would be read by one of them only.
-    flags = (runs.devices(devices)['XLA_FLAGS'] + ' --xla_backend_optimization_level=0 '
-             '--xla_cpu_use_fusion_emitters=false')
+    flags = f'{runs.devices(devices)["XLA_FLAGS"]} {FAST}'
     env = os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}
     self.files = [Path(folder) / f'{workdir.name}.{i}.err' for i in range(count)]
     self.processes = []
