@@ -26,7 +26,8 @@ if [ ${#long[@]} -gt 0 ]; then
   # Again what has to be equal to the bit, compiled as for users.
   [ $# -gt 0 ] || python -m pytest --long -n 2 --dist loadfile -m "exact and not long" --durations=10
 else
-  export JAX_TRACEBACK_IN_LOCATIONS_LIMIT=0 XLA_FLAGS="${XLA_FLAGS:-} $(python tests/xla_flags.py)"
+  fast="$(python tests/xla_flags.py)"
+  export JAX_TRACEBACK_IN_LOCATIONS_LIMIT=0 XLA_FLAGS="${XLA_FLAGS:-} $fast"
   python -m pytest -n 2 --dist loadfile -m "not long" --durations=10 "$@"
 fi
 echo "took $((SECONDS - started))s after installation"
