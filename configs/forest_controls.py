@@ -13,9 +13,9 @@ start's folder; each arm has exactly the training tokens of configs/quickstart.p
                           --domain=code --unrelated --workdir=A     (F: that of no_seed)
 
 seed_shares: three forests that share one seed, branched at a sixth, half and five sixths of the
-budget; the tokens of the seed up to the branch and of the four branches are those of dense. The
-papers: half is best, a sixth is worse than dense (125M). no_seed: every expert from parameters of
-its own; the paper's ensemble of them still beats dense, their average is noise.
+budget, to a step or two; the tokens of the seed up to the branch and of the four branches are those
+of dense. The papers: half is best, a sixth is worse than dense (125M). no_seed: every expert from
+parameters of its own; the paper's ensemble of them still beats dense, their average is noise.
 """
 
 from ml_collections import ConfigDict
@@ -24,7 +24,7 @@ from configs.forest_quickstart import get_config as forest
 from configs.quickstart_corpus import TRAIN
 
 ARMS = ('no_seed', 'random_split', 'seed_shares')
-SHARES = {17: 1 / 6, 50: 1 / 2, 83: 5 / 6}
+SHARES = {17: 1, 50: 3, 83: 5}  # sixths
 PARTS = tuple(f'part{i}' for i in range(len(TRAIN)))  # of launch/random_split.sh
 
 
@@ -43,9 +43,10 @@ def get_config(arm='no_seed'):
     experts = [{'name': name, 'domains': (name,), 'parent': 'random', 'changes': {
         'seed': i + 1, 'data': changes['data']}} for i, name in enumerate(TRAIN)]
     return ConfigDict(plan | {'seed': None, 'experts': tuple(experts)})
-  at = {share: round(steps * x) for share, x in SHARES.items()}
+  every = round(steps / 6)  # the seed is branched where it has a checkpoint
+  at = {share: sixths * every for share, sixths in SHARES.items()}
   experts = [{'name': f'{name}-{share}', 'domains': (name,), 'parent': f'seed@{step}',
               'changes': changes | {'train': {'steps': steps - step}}}
              for share, step in at.items() for name in TRAIN]
-  seed = plan['seed'] | {'train': {'steps': max(at.values())}}
+  seed = plan['seed'] | {'train': {'steps': max(at.values()), 'checkpoint_every': every}}
   return ConfigDict(plan | {'seed': seed, 'experts': tuple(experts)})
