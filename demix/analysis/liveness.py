@@ -88,7 +88,11 @@ class Program:
       env.update(zip(eqn.outvars, outputs))
       node = Node(name, [v for v in operands if v is not None], outputs)
       if name == 'scan':
-        consts, carried = eqn.params['num_consts'], eqn.params['num_carry']
+        # By their shapes, since JAX 0.12 names the counts otherwise: what a scan walks, and what it
+        # stacks, has one axis more outside.
+        carried = sum(a.aval.ndim == b.aval.ndim for a, b in zip(eqn.outvars, inner[0].outvars))
+        consts = sum(a.aval.ndim == b.aval.ndim
+                     for a, b in zip(eqn.invars, inner[0].invars)) - carried
         first = operands[consts:consts + carried]
         node.in_place = {o: i for o, i in zip(outputs, first) if i is not None}
         slices = len(operands) - consts - carried
