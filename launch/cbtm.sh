@@ -6,7 +6,7 @@
 #
 # Text: what lies on this machine, or 3 MB each of DIR/<domain>/{train,valid,test}.jsonl (--domains
 # a,b: of these only); the labels are hidden and only say how well the clusters agree with them.
-# Every arm sees as many tokens and goes on from the same seed, half of dense. About ten minutes on
+# Every arm sees as many tokens and goes on from the same seed, half of dense. About a quarter of an hour on
 # 2 cores; again with the same DIR it goes on where it was. Ends with the table of the paper's claims.
 set -euo pipefail
 here="$PWD"
