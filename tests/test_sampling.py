@@ -17,14 +17,14 @@ floats = floats.filter(lambda x: x == 0 or abs(x) > 1.2e-38)
 vectors = arrays.arrays(np.float32, 12, elements=floats)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=100)
 @given(vectors, st.integers(1, 12))
 def test_top_k_is_that_of_a_sorted_vocabulary(x, k):
   expected = x >= np.sort(x)[::-1][k - 1]  # ties with the last stay in
   np.testing.assert_array_equal(among_top_k(jnp.asarray(x), k), expected)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=100)
 @given(vectors, st.sampled_from([0.05, 0.3, 0.5, 0.9, 0.999]))
 def test_top_p_is_the_fewest_tokens_with_that_probability(x, p):
   kept = np.asarray(among_top_p(jnp.asarray(x), p))
