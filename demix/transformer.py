@@ -292,9 +292,12 @@ class Transformer(nnx.Module):
     if execution.scan:
       x, tapped = jax.lax.scan(period, x, leaves)
     else:
-      out = []
-      for i in range(c.layers // c.period):
-        x, t = period(x, jax.tree.map(lambda leaf, i=i: leaf[i], leaves))
+      out, count = [], c.layers // c.period
+      # The gradient of a split is one concatenation, that of leaf[i] a sum of padded leaves.
+      leaves, tree = jax.tree.flatten(leaves)
+      layers = [jax.lax.split(leaf, [1] * count) for leaf in leaves]
+      for layer in zip(*layers):
+        x, t = period(x, tree.unflatten(leaf[0] for leaf in layer))
         out.append(t)
       tapped = jax.tree.map(lambda *t: jnp.stack(t), *out)
     tapped = jax.tree.map(lambda t: t.reshape(c.layers, *t.shape[2:]), tapped)

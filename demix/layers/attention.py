@@ -7,6 +7,8 @@ Masked scores get -1e9, whose exponential is an exact zero: causality and docume
 bit for bit.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,44 +38,96 @@ def mask_bias(length: int, segments_BL=None):
   return jnp.where(causal & same, 0.0, -1e9)
 
 
-@jax.custom_vjp
-def attend(q_BGMK, k_BGLK, v_BGLK, bias):
+def causal_block(length: int) -> int:
+  """Rows that `attend` takes at a time when a sequence attends to itself; 0: all at once.
+
+  All at once, XLA computes the half of the scores that the mask hides too. In blocks a row sees the
+  columns up to the end of its block: 3/4 of the square at 128 tokens, 5/8 at 256, towards 9/16. A
+  step takes 4 to 12% less CPU time at 1M and 8% at 10M. On CPU only: elsewhere many small products
+  cost launches, and the fused kernels skip what is hidden.
+  """
+  if jax.default_backend() != 'cpu':
+    return 0
+  return -(-length // min(8, -(-length // 64)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def attend(q_BGMK, k_BGLK, v_BGLK, bias, block=0):
   """softmax(q kᵀ + bias) v for G groups of heads that share keys and values.
 
   Args:
-    q_BGMK: scaled queries; M = query heads of a group · L.
+    q_BGMK: scaled queries; M = query heads of a group · rows of the bias.
     k_BGLK, v_BGLK: keys and values.
     bias: from `mask_bias`.
+    block: static; rows done at a time, which promises that row i sees no column after i. 0: all.
 
   Returns:
     [B, G, M, K] in the dtype of v.
   """
-  return _attend(q_BGMK, k_BGLK, v_BGLK, bias)[0]
+  return _attend(q_BGMK, k_BGLK, v_BGLK, bias, block)[0]
 
 
-def _attend(q, k, v, bias):
-  scores = jax.lax.batch_matmul(q, k.mT).astype(jnp.float32)
-  B, G, M, L = scores.shape
-  if M == bias.shape[-2]:
-    scores = scores + bias
-  else:
-    bias = bias[:, None] if bias.ndim == 4 else bias
-    scores = (scores.reshape(B, G, M // L, L, L) + bias).reshape(scores.shape)
-  e = jnp.exp(scores - scores.max(-1, keepdims=True))
-  # Dividing after the product with the values takes K divisions a query, not L.
-  inverse = (1 / e.sum(-1, keepdims=True)).astype(v.dtype)
-  e = e.astype(v.dtype)
-  y = jax.lax.batch_matmul(e, v) * inverse
-  return y, (q, k, v, e, inverse, y)
+def _spans(rows, columns, block):
+  """(first row, end, columns seen) of each block of rows."""
+  if not block or block >= rows:
+    return [(0, rows, columns)]
+  ends = [min(i + block, rows) for i in range(0, rows, block)]
+  return [(i, end, end) for i, end in zip(range(0, rows, block), ends)]
 
 
-def _attend_backward(saved, dy):
-  q, k, v, e, inverse, y = saved
-  dv = jax.lax.batch_matmul(e.mT, dy * inverse)
-  dweights = jax.lax.batch_matmul(dy, v.mT)
-  dscores = e * ((dweights - (dy * y).sum(-1, keepdims=True)) * inverse)
-  dq, dk = jax.lax.batch_matmul(dscores, k), jax.lax.batch_matmul(dscores.mT, q)
-  return dq, dk, dv, None
+def _rows(x_BGMK, rows, i, end):
+  """Rows i … end of each head of a group: [B, G, M, K] → [B, G, M / rows · (end - i), K]."""
+  if end - i == rows:
+    return x_BGMK
+  B, G, M, K = x_BGMK.shape
+  return x_BGMK.reshape(B, G, M // rows, rows, K)[:, :, :, i:end].reshape(B, G, -1, K)
+
+
+def _whole(parts, rows, spans):
+  """The inverse of `_rows` over all spans."""
+  if len(parts) == 1:
+    return parts[0]
+  B, G, _, K = parts[0].shape
+  parts = [x.reshape(B, G, -1, end - i, K) for x, (i, end, _) in zip(parts, spans)]
+  return jnp.concatenate(parts, 3).reshape(B, G, -1, K)
+
+
+def _attend(q, k, v, bias, block):
+  rows, columns, saved, y = bias.shape[-2], k.shape[2], [], []
+  spans = _spans(rows, columns, block)
+  for i, end, seen in spans:
+    scores = jax.lax.batch_matmul(_rows(q, rows, i, end), k[:, :, :seen].mT).astype(jnp.float32)
+    part = bias[..., i:end, :seen]
+    B, G, M, _ = scores.shape
+    if M == end - i:
+      scores = scores + part
+    else:
+      part = part[:, None] if part.ndim == 4 else part
+      scores = (scores.reshape(B, G, -1, end - i, seen) + part).reshape(scores.shape)
+    e = jnp.exp(scores - scores.max(-1, keepdims=True))
+    # Dividing after the product with the values takes K divisions a query, not L.
+    inverse = (1 / e.sum(-1, keepdims=True)).astype(v.dtype)
+    e = e.astype(v.dtype)
+    y.append(jax.lax.batch_matmul(e, v[:, :, :seen]) * inverse)
+    saved.append((e, inverse))
+  y = _whole(y, rows, spans)
+  return y, (q, k, v, saved, y)
+
+
+def _attend_backward(block, residuals, dy):
+  q, k, v, saved, y = residuals
+  columns = k.shape[2]
+  rows = columns if block else q.shape[2]  # all at once: no need to know the rows of a head
+  spans, dq, dk, dv = _spans(rows, columns, block), [], 0, 0
+  for (i, end, seen), (e, inverse) in zip(spans, saved):
+    part, seen_k, seen_v = _rows(dy, rows, i, end), k[:, :, :seen], v[:, :, :seen]
+    pad = lambda x, seen=seen: jnp.pad(x, ((0, 0), (0, 0), (0, columns - seen), (0, 0)))
+    dv += pad(jax.lax.batch_matmul(e.mT, part * inverse))
+    along = (part * _rows(y, rows, i, end)).sum(-1, keepdims=True)
+    dscores = e * ((jax.lax.batch_matmul(part, seen_v.mT) - along) * inverse)
+    dq.append(jax.lax.batch_matmul(dscores, seen_k))
+    dk += pad(jax.lax.batch_matmul(dscores.mT, _rows(q, rows, i, end)))
+  return _whole(dq, rows, spans), dk, dv, None
 
 
 attend.defvjp(_attend, _attend_backward)
@@ -118,6 +172,7 @@ class Attention(nnx.Module):
       k = rotate(k, positions_BL, c.rope_theta, c.rope_scale)
     with jax.named_scope('attend'):
       q = q * K ** -0.5
+      block = 0 if remember else causal_block(L)
       if remember:
         k, v = remember(k, v)
         bias = jnp.tile(bias, (c.heads // kv_heads, 1))
@@ -125,7 +180,7 @@ class Attention(nnx.Module):
         y = bias(q, k, v)
       else:
         q = q.reshape(B, kv_heads, c.heads // kv_heads * L, K)
-        y = attend(q, k, v, bias).reshape(B, c.heads, L, K)
+        y = attend(q, k, v, bias, block).reshape(B, c.heads, L, K)
     return self._linear(y.transpose(0, 2, 1, 3).reshape(B * L, -1), 'out').reshape(B, L, D)
 
   def _linear(self, x, name):

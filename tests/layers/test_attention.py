@@ -59,15 +59,16 @@ def value_and_pull(f, inputs, dy):
   return models.jit(run)(inputs, dy)
 
 
+@pytest.mark.parametrize('block', [0, 4])
 @pytest.mark.parametrize('segments', [False, True])
 @pytest.mark.parametrize('groups,queries', [(3, 1), (2, 3), (1, 4)])
-def test_attend_is_softmax_attention_in_value_and_gradient(groups, queries, segments):
+def test_attend_is_softmax_attention_in_value_and_gradient(groups, queries, segments, block):
   random, B, length, K = np.random.default_rng(groups), 2, 6, 5
   q = random.normal(size=(B, groups, queries * length, K)) * 2
   k, v = random.normal(size=(2, B, groups, length, K)) * 2
   dy = random.normal(size=q.shape)
   bias = attention.mask_bias(length, jnp.asarray(SEGMENTS) if segments else None)
-  y, grads = value_and_pull(lambda *x: attention.attend(*x, bias),
+  y, grads = value_and_pull(lambda *x: attention.attend(*x, bias, block),
                             [np.float32(x) for x in (q, k, v)], np.float32(dy))
   with jax.enable_x64(True):
     expected, expected_grads = value_and_pull(
@@ -77,6 +78,39 @@ def test_attend_is_softmax_attention_in_value_and_gradient(groups, queries, segm
   for name, a, b in zip('qkv', grads, expected_grads):
     assert np.abs(b).max() > 0.1
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5, err_msg=f'gradient of {name}')
+
+
+@pytest.mark.parametrize('queries', [1, 2])
+def test_no_row_in_a_block_sees_a_later_token(queries):
+  random, length, block = np.random.default_rng(0), 10, 4  # blocks of 4, 4 and 2
+  q = random.normal(size=(2, 3, queries * length, 5)).astype(np.float32)
+  k, v = random.normal(size=(2, 2, 3, length, 5)).astype(np.float32)
+  bias, each = attention.mask_bias(length), np.arange(queries * length) % length
+  run = models.jit(lambda q, k, v, dy: jax.vjp(
+      lambda *x: attention.attend(*x, bias, block), q, k, v)[0])
+  pull = models.jit(lambda q, k, v, dy: jax.vjp(
+      lambda *x: attention.attend(*x, bias, block), q, k, v)[1](dy))
+  y = np.asarray(run(q, k, v, q))
+  for last in range(length):
+    late = np.arange(length) > last
+    changed = [np.where(late[:, None], x + 3, x) for x in (k, v)]
+    np.testing.assert_array_equal(run(q, *changed, q)[:, :, each <= last], y[:, :, each <= last])
+    if late.any():
+      assert np.abs(run(q, *changed, q)[:, :, each > last] - y[:, :, each > last]).max() > 0.1
+    dk, dv = map(np.asarray, pull(q, k, v, np.where((each <= last)[:, None], q, 0))[1:])
+    assert not dk[:, :, late].any() and not dv[:, :, late].any()
+    assert np.abs(dv[:, :, ~late]).min() > 0
+
+
+@pytest.mark.parametrize('length', [1, 64, 65, 128, 1000, 2048])
+def test_blocks_cover_every_row_and_skip_nearly_half(length):
+  block = attention.causal_block(length)
+  spans = attention._spans(length, length, block)
+  assert [i for start, end, _ in spans for i in range(start, end)] == list(range(length))
+  assert all(end == seen for _, end, seen in spans)
+  share = sum((end - start) * seen for start, end, seen in spans) / length ** 2
+  assert len(spans) <= 8 and share <= 0.5 + 0.5 / len(spans) + 0.01
+  assert (len(spans) == 1) == (length <= 64)
 
 
 def layer(kind, **changes):

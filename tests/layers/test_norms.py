@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.ad_checkpoint import print_saved_residuals
 from models import jit
 
 from demix.layers.norms import LayerNorm, RMSNorm
@@ -47,3 +48,12 @@ def test_bfloat16_is_normed_in_float32(kind):
   assert y.dtype == jnp.bfloat16
   exact = formula(kind, {'scale': 1}, np.float64(x))
   np.testing.assert_allclose(np.float64(y), exact, rtol=2 ** -8, atol=1e-6)  # rounded once
+
+
+@pytest.mark.parametrize('kind,scalars', [(LayerNorm, 2), (RMSNorm, 1)])
+def test_the_backward_pass_keeps_the_input_and_scalars_of_tokens(kind, scalars, capsys):
+  graph, leaves = nnx.split(kind(64, True))
+  print_saved_residuals(lambda leaves, x: nnx.merge(graph, leaves)(x), leaves,
+                        jnp.ones((5, 64), jnp.bfloat16))
+  kept = sorted(line.split()[0] for line in capsys.readouterr().out.splitlines())
+  assert kept == ['bf16[5,64]', *['f32[5,1]'] * scalars, 'f32[64]'], kept
