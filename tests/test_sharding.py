@@ -15,12 +15,13 @@ import runs
 from cases import some
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
-from models import drawn, tiny
+from models import BALANCED, adamw, batch_of, drawn, tiny
 from sharded_program import BESIDE, CASES
 
 from demix import sharding, tree
 from demix.errors import BadInput, Refused
 from demix.sharding import MeshConfig
+from demix.step import Program, make_step
 
 pytestmark = pytest.mark.exact
 
@@ -30,6 +31,26 @@ ROOT = Path(__file__).parents[1]
 def mesh_of(**axes):
   """A mesh without devices."""
   return AbstractMesh(tuple(axes.get(a, 1) for a in sharding.AXES), sharding.AXES)
+
+
+# ---- a mesh of one device
+
+@pytest.mark.parametrize('ffn', ['dense', 'demix'])
+def test_a_mesh_of_one_device_is_the_program_without_a_mesh(ffn):
+  model, batch, optimizer = tiny(ffn=ffn), batch_of(BALANCED), adamw()
+  program = Program(model, optimizer, '', 4, True, 1, sharding.make_mesh(
+      MeshConfig(), jax.devices()[:1]))
+  alone = jax.jit(make_step(model, optimizer, domains=4, balanced=True), donate_argnums=0)
+  state, frozen = program.abstract
+  def instructions(step):
+    """Those of the compiled program, their names numbered in order."""
+    text, names = step.lower(state, batch, frozen).compile().as_text(), {}
+    text = re.sub(r'(parameter\(\d+\)).*', r'\1', text)  # what follows says where it lies
+    text = re.sub(r', metadata={[^}]*}', '', text)
+    text = re.sub(r'%[\w.-]+', lambda name: f'%{names.setdefault(name[0], len(names))}', text)
+    return [line for line in text.split('\n')[1:] if ' = ' in line]
+  meshed = instructions(program.step)
+  assert len(meshed) > 500 and meshed == instructions(alone)
 
 
 # ---- the tables
