@@ -1,8 +1,9 @@
 """One table: model size × mesh × arm. tokens/s, MFU, memory, compile time, time to the first step.
 
   python benchmarks/bench.py [--sizes=1m,10m] [--meshes='data=-1;data=-1,expert=2']
-      [--dtype=float32] [--arms=dense,demix,general,together,linen,unmeshed] [--repeats=5]
-      [--set=remat=dots,loss_block=8192] [--json=FILE] [--compare=EARLIER.json] [--profile=DIR]
+      [--dtype=float32] [--arms=dense,demix,general,together,linen,torch,unmeshed] [--repeats=5]
+      [--torch-python=VENV/bin/python] [--set=remat=dots,loss_block=8192]
+      [--json=FILE] [--compare=EARLIER.json] [--profile=DIR]
 
 The arms of one size and mesh take turns. What each figure means: benchmarks/README.md.
 """
@@ -11,12 +12,15 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import measure
+import torch_gpt
 
-ARMS = ('dense', 'demix', 'general', 'together', 'linen', 'unmeshed')
+ARMS = ('dense', 'demix', 'general', 'together', 'linen', 'torch', 'unmeshed')
+ONE_DEVICE = ('linen', 'torch', 'unmeshed')
 # Dense bfloat16 (without sparsity) FLOP/s of a chip by its data sheet, by part of device_kind.
 SHEETS = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'v6': 918e12,
           'v5p': 459e12, 'v5 lite': 197e12, 'v4': 275e12}
@@ -129,24 +133,30 @@ class Together:
     self.loss = float(rows[0]['loss'])
 
 
-class Peer:
-  """linen_gpt.Linen from the same start, with the attributes of an Arm."""
+def start(size: measure.Size):
+  """What a peer starts from, so that its losses can be compared with dense's: a dense model, its
+  optimizer, running parameters and batch."""
+  import jax
+  import numpy as np
+
+  from demix.optimizer import OptimizerConfig
+  from demix.params import Model
+  from demix.transformer import preset
+  model = Model(preset(size.preset, vocab_size=size.vocab, max_length=size.length))
+  ids = np.random.default_rng(0).integers(
+      0, size.vocab, (size.batch, size.length + 1), dtype=np.int32)
+  return (model, OptimizerConfig(schedule='constant', warmup_share=0.0), jax.jit(model.init)(0),
+          {'tokens_BL': ids[:, :-1], 'targets_BL': ids[:, 1:]})
+
+
+class Linen:
+  """linen_gpt.Linen, with the attributes of an Arm."""
 
   def __init__(self, size: measure.Size):
-    import jax
     import linen_gpt
-    import numpy as np
-
-    from demix.optimizer import OptimizerConfig
-    from demix.params import Model
-    from demix.transformer import preset
     started = time.perf_counter()
-    model = Model(preset(size.preset, vocab_size=size.vocab, max_length=size.length))
-    flat = jax.jit(lambda seed: model.canonical(model.init(seed)))(0)
-    ids = np.random.default_rng(0).integers(
-        0, size.vocab, (size.batch, size.length + 1), dtype=np.int32)
-    self.run = linen_gpt.Linen(model.config, OptimizerConfig(schedule='constant', warmup_share=0.0),
-                               flat, {'tokens_BL': ids[:, :-1], 'targets_BL': ids[:, 1:]})
+    model, optimizer, params, batch = start(size)
+    self.run = linen_gpt.Linen(model.config, optimizer, model.canonical(params), batch)
     self.flops = size.tokens * model.flops_per_token(size.length)
     self.compile_seconds = self.run.compile_seconds
     self.bytes = held(self.run.step.memory_analysis())
@@ -156,6 +166,33 @@ class Peer:
   def __call__(self):
     self.run()
     self.loss = self.run.loss
+
+
+class Torch:
+  """torch_gpt.py's other process, with the attributes of an Arm. Memory is that of its process; CPU
+  time too, so `rounds` has the times and not the caller's clock."""
+
+  def __init__(self, size: measure.Size, python: str, dtype: str):
+    started = time.perf_counter()
+    model, optimizer, params, batch = start(size)
+    with tempfile.TemporaryDirectory() as folder:
+      file = Path(folder) / 'start.npz'
+      torch_gpt.hand_over(file, model, optimizer, params, batch)
+      self.run = torch_gpt.Torch(python, file, True, dtype)
+    self.flops = size.tokens * model.flops_per_token(size.length)
+    self.compile_seconds, self.bytes = (self.run.first[n] for n in ('compile_seconds', 'bytes'))
+    self.first_loss, self.first_seconds = self.run.first['loss'], time.perf_counter() - started
+    self.taken = []
+
+  def __call__(self):
+    self.taken.append(self.run(1))
+    self.loss = self.taken[-1]['loss']
+
+  def rounds(self, inner: int) -> list[tuple[float, float]]:
+    """(wall, CPU) seconds of a step, a round; the first round is not counted, as in interleave."""
+    times = [(t['wall'], t['cpu']) for t in self.taken[inner:]]
+    return [tuple(statistics.fmean(x) for x in zip(*times[i:i + inner]))
+            for i in range(0, len(times), inner)]
 
 
 def product(dtype: str):
@@ -186,6 +223,7 @@ def main():
   parser.add_argument('--arms', default='dense,demix', help=', '.join(ARMS))
   parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16'))
   parser.add_argument('--set', default='', help='keys of execution, as remat=dots,loss_block=8192')
+  parser.add_argument('--torch-python', default='', help='a Python that has torch, for that arm')
   parser.add_argument('--repeats', type=int, default=5)
   parser.add_argument('--inner', type=int, default=1, help='steps timed as one')
   parser.add_argument('--json', default='', help='file for the rows')
@@ -197,6 +235,8 @@ def main():
     for name in given:
       if name not in known:
         parser.error(f'no {name!r}: {", ".join(known)}')
+  if 'torch' in names and not args.torch_python:
+    parser.error('the arm torch needs --torch-python, a Python that has it: benchmarks/README.md')
   earlier = json.loads(Path(args.compare).read_text()) if args.compare else {'rows': []}
   measure.restart()
   import jax
@@ -221,11 +261,14 @@ def table(size: str, text: str, mesh, names, args, multiply, sheet, kind) -> lis
   import jax
   call, product_flops = multiply
   shape, devices = measure.SIZES[size], mesh.size
-  made = {'linen': lambda *_: Peer(shape), 'together': Together}
+  made = {'linen': lambda *_: Linen(shape), 'together': Together,
+          'torch': lambda *_: Torch(shape, args.torch_python, args.dtype)}
   arms = {n: made[n](shape, mesh, args.dtype, settings(args.set)) if n in made
           else Arm(n, shape, mesh, args.dtype, settings(args.set)) for n in names}
   times = measure.interleave({'product': call, **arms}, args.repeats,
                              dict.fromkeys(arms, args.inner))
+  if 'torch' in arms:
+    times['torch'] = arms['torch'].rounds(args.inner)
   if args.profile:
     with jax.profiler.trace(args.profile):
       for arm in arms.values():
@@ -237,7 +280,7 @@ def table(size: str, text: str, mesh, names, args, multiply, sheet, kind) -> lis
         f'{"MiB":>7} {"compile":>8} {"first":>7} {"over " + names[0]:>12} {"CPU time":>9}  loss')
   rows = []
   for name, arm in arms.items():
-    used = 1 if name in ('linen', 'unmeshed') else devices
+    used = 1 if name in ONE_DEVICE else devices
     wall, cpu = zip(*times[name])
     share = [[arm.flops / t[i] / (product_flops / p[i]) / (used if i == 0 else 1)
               for t, p in zip(times[name], times['product'])] for i in (0, 1)]

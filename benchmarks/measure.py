@@ -47,15 +47,19 @@ def restart():
 
 
 def product_flops(config, size: Size) -> int:
-  """FLOPs of a training step's matrix products: 6 per weight and token, and the attention square.
+  """FLOPs of a training step's matrix products: 6 per weight and token, and what plain attention
+  computes of the square.
 
   Position tables, biases and norms, which Model.flops_per_token counts as parameters, do no product
   and are left out here: 2% at 1M.
   """
-  c, width = config, config.heads * config.head_width
+  from demix.layers.attention import causal_block
+  c, width, block = config, config.heads * config.head_width, causal_block(size.length)
+  ends = [min(i + block, size.length) for i in range(0, size.length, block)] if block else []
+  square = sum((end - i) * end for i, end in zip([0, *ends], ends)) or size.length ** 2
   weights = c.layers * (4 * c.d_model * width + 2 * c.d_model * c.ff_width)
   weights += c.vocab_size * c.d_model
-  return size.tokens * (6 * weights + 12 * c.layers * size.length * width)
+  return size.tokens * (6 * weights + 12 * c.layers * square // size.length * width)
 
 
 def interleave(calls: dict, repeats: int, inner: dict | None = None) -> dict:

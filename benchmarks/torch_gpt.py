@@ -19,8 +19,11 @@ import time
 from pathlib import Path
 
 
-def worker(path: str, compiled: bool):
-  """The PyTorch side: one JSON line a step that is asked for on stdin."""
+def worker(path: str, compiled: bool, dtype: str):
+  """The PyTorch side: one JSON line a step that is asked for on stdin. On a GPU where there is one;
+  bfloat16 is torch.autocast."""
+  import resource
+
   import numpy as np
   import torch
   from torch import nn
@@ -79,13 +82,16 @@ def worker(path: str, compiled: bool):
       return F.cross_entropy(F.linear(self.final_norm(x), self.tokens).flatten(0, 1),
                              targets.flatten())
 
-  model = Gpt()
+  device = 'cuda' if torch.cuda.is_available() else 'cpu'
+  model, tokens, targets = Gpt().to(device), tokens.to(device), targets.to(device)
+  torch.set_float32_matmul_precision('highest' if dtype == 'float32' else 'high')
   forward = torch.compile(model) if compiled else model
   adamw = torch.optim.AdamW(model.parameters(), lr=rate, betas=(b1, b2), eps=eps,
                             weight_decay=decay, fused=True)
 
   def step():
-    loss = forward(tokens, targets)
+    with torch.autocast(device, torch.bfloat16, enabled=dtype == 'bfloat16'):
+      loss = forward(tokens, targets)
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), clip)
     adamw.step()
@@ -94,7 +100,10 @@ def worker(path: str, compiled: bool):
 
   started = time.perf_counter()
   losses = [step()]
+  held = (torch.cuda.max_memory_allocated() if device == 'cuda' else
+          resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
   print(json.dumps({'loss': losses[0], 'compile_seconds': time.perf_counter() - started,
+                    'device': device, 'bytes': held,
                     'version': torch.__version__, 'threads': torch.get_num_threads(),
                     'parameters': sum(p.numel() for p in model.parameters())}), flush=True)
   for line in sys.stdin:
@@ -106,12 +115,23 @@ def worker(path: str, compiled: bool):
                       'cpu': (time.process_time() - cpu) / count}), flush=True)
 
 
+def hand_over(path: Path, model, optimizer, params, batch: dict):
+  """Writes what the worker starts from: a dense model's running parameters, a batch, numbers."""
+  import numpy as np
+  c, o = model.config, optimizer
+  numbers = [c.layers, c.heads, o.clip, o.learning_rate, o.b1, o.b2, o.eps, o.weight_decay]
+  leaves = {f'params/{n}': np.asarray(x) for n, x in model.canonical(params).items()}
+  np.savez(path, numbers=np.array(numbers), tokens=batch['tokens_BL'], targets=batch['targets_BL'],
+           **leaves)
+
+
 class Torch:
   """The other process, as something that can be called."""
 
-  def __init__(self, python: str, path: Path, compiled: bool):
+  def __init__(self, python: str, path: Path, compiled: bool, dtype: str = 'float32'):
     self.process = subprocess.Popen(
-        [python, __file__, f'--worker={path}', *([] if compiled else ['--eager'])],
+        [python, __file__, f'--worker={path}', f'--dtype={dtype}',
+         *([] if compiled else ['--eager'])],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         # Its threads sleep while they wait: on shared cores, spinning would count as its CPU time.
         env={'OMP_WAIT_POLICY': 'passive', **os.environ})
@@ -139,11 +159,11 @@ def main():
   parser.add_argument('--eager', action='store_true', help='PyTorch without torch.compile')
   parser.add_argument('--json', default='', help='file for the figures')
   parser.add_argument('--worker', default='', help=argparse.SUPPRESS)
+  parser.add_argument('--dtype', default='float32', help=argparse.SUPPRESS)  # of the worker
   args = parser.parse_args()
   if args.worker:
-    return worker(args.worker, not args.eager)
+    return worker(args.worker, not args.eager, args.dtype)
   import measure
-  import numpy as np
   import throughput
   measure.restart()
   size, inner = measure.SIZES[args.size], args.inner or (3 if args.size == '1m' else 1)
@@ -153,12 +173,8 @@ def main():
   arms = {name: throughput.Arm(name, size) for name in args.arms.split(',')}
   dense = arms.get('dense') or throughput.Arm('dense', size)
   with tempfile.TemporaryDirectory() as folder:
-    file, c, o = Path(folder) / 'start.npz', dense.model.config, dense.optimizer
-    numbers = [c.layers, c.heads, o.clip, o.learning_rate, o.b1, o.b2, o.eps, o.weight_decay]
-    leaves = {f'params/{n}': np.asarray(x)
-              for n, x in dense.model.canonical(dense.state['params']).items()}
-    np.savez(file, numbers=np.array(numbers), tokens=dense.batch['tokens_BL'],
-             targets=dense.batch['targets_BL'], **leaves)
+    file = Path(folder) / 'start.npz'
+    hand_over(file, dense.model, dense.optimizer, dense.state['params'], dense.batch)
     other = Torch(args.torch_python, file, not args.eager)
   for arm in arms.values():
     arm()
