@@ -35,7 +35,7 @@ def mesh_of(**axes):
 
 # ---- a mesh of one device
 
-@pytest.mark.parametrize('ffn', ['dense', 'demix'])
+@pytest.mark.parametrize('ffn', [pytest.param('dense', marks=pytest.mark.long), 'demix'])
 def test_a_mesh_of_one_device_is_the_program_without_a_mesh(ffn):
   model, batch, optimizer = tiny(ffn=ffn), batch_of(BALANCED), adamw()
   program = Program(model, optimizer, '', 4, True, 1, sharding.make_mesh(

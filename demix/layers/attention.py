@@ -43,7 +43,7 @@ def causal_block(length: int) -> int:
 
   All at once, XLA computes the half of the scores that the mask hides too. In blocks a row sees the
   columns up to the end of its block: 3/4 of the square at 128 tokens, 5/8 at 256, towards 9/16. A
-  step takes 4 to 12% less CPU time at 1M and 8% at 10M. On CPU only: elsewhere many small products
+  step takes about 5% less CPU time at 1M and 8% at 10M. On CPU only: elsewhere many small products
   cost launches, and the fused kernels skip what is hidden.
   """
   if jax.default_backend() != 'cpu':

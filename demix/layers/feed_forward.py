@@ -35,8 +35,8 @@ def _normal_share(x):
 
 
 def _tanh_share(x):
-  """What stands for Φ(x) in GPT-2."""
-  return 0.5 * (1 + jnp.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x ** 3)))
+  """What stands for Φ(x) in GPT-2, (1 + tanh u) / 2: as sigmoid(2 u), exact far below 0 too."""
+  return jax.nn.sigmoid(2 * (2 / math.pi) ** 0.5 * (x + 0.044715 * x ** 3))
 
 
 def _tanh_derivative(x):

@@ -10,8 +10,7 @@ def _normalisation(statistics):
   `statistics`, with mean 0 where it is None.
 
   Its own backward pass keeps x, in x's type, and the statistics; the one that JAX derives keeps
-  float32 copies of x's size. At 1M the compiled step's scratch was 322 MiB with it, not 356; its
-  time gains too little to be told from noise.
+  float32 copies of x's size (docs/memory.md). Its time gains too little to be told from noise.
   """
   def normed(x, mean, inverse):
     x = x.astype(jnp.float32)
@@ -24,7 +23,7 @@ def _normalisation(statistics):
   def backward(saved, dy):
     x, scale, (mean, inverse) = saved
     y = normed(x, mean, inverse)
-    dscale = (dy * y).sum(range(dy.ndim - 1))
+    dscale = (dy * y).sum(tuple(range(dy.ndim - 1)))
     dy = dy * scale
     dx = dy - y * (dy * y).mean(-1, keepdims=True)
     if mean is not None:
