@@ -17,6 +17,7 @@ from demix.mix.mixture import MixConfig, Mixture, choose, starting_prior
 from demix.sampling import SamplingConfig
 
 _ROWS = 16  # blocks per forward pass
+_SHORTEST = 16  # texts are padded to this or a larger power of two: few programs for all lengths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +72,13 @@ class Generated:
 
   def __str__(self):
     return self.prompt + self.text
+
+
+def _power(count: int, most: int = 0) -> int:
+  """The smallest power of two that is at least `count`; multiples of `most` above that."""
+  if most and count > most:
+    return -(-count // most) * most
+  return 1 << (count - 1).bit_length()
 
 
 class LanguageModel:
@@ -142,10 +150,10 @@ class LanguageModel:
     else:
       batches = [rows[at:at + _ROWS] for at in range(0, len(rows), _ROWS)]
     for batch in batches:
-      unit = math.lcm(_ROWS, self.mixture.config.blocks_per_update)
-      out = self._scored(batch, -(-len(batch) // unit) * unit)
+      unit = self.mixture.config.blocks_per_update if moving else 1
+      out = self._scored(batch, -(-_power(len(batch), _ROWS) // unit) * unit)
       for row, (lp, w) in zip(batch, out):
-        kept = row['weights'] > 0
+        kept = row['weights'][:len(lp)] > 0
         logp.append(lp[kept])
         weights.append(w[:, kept])
     scores = []
@@ -168,16 +176,19 @@ class LanguageModel:
     return row
 
   def _scored(self, rows, size):
-    padding = empty_row(self.mixture.members.context)
-    rows = rows + [padding] * (size - len(rows))
+    """(log p, weights) of the targets of each row; in rows of a length that holds the longest."""
+    full = [row['segments'].all() for row in rows] + [False] * (size - len(rows))
+    used = max(int(row['segments'].sum()) for row in rows)
+    length = min(self.mixture.members.context, max(_SHORTEST, _power(used)))
+    rows = [{n: x[:length] for n, x in row.items()} for row in rows]
+    rows += [empty_row(length)] * (size - len(rows))
     batch = {f'{n}_BL': np.stack([r[n] for r in rows]) for n in ('tokens', 'targets')}
     if self.clusterer:
       batch['distances_EBL'] = self.clusterer.before_rows(
           self.tokenizer, batch['targets_BL'], self.mixture.config.kernel_tokens)
-    full = np.asarray([r['segments'].all() for r in rows])
-    out = self.mixture.score(batch, full_B=full)
+    out = self.mixture.score(batch, full_B=np.asarray(full))
     logp, weights = np.asarray(out.logp_BL), np.exp(np.asarray(out.log_weights_KBL))
-    return [(logp[i], weights[:, i]) for i in range(len(rows))]
+    return [(logp[i], weights[:, i]) for i in range(size)]
 
   def continuations(self, prompt, options) -> np.ndarray:
     """log p of each option as what follows a prompt, nats, [options].
@@ -202,8 +213,9 @@ class LanguageModel:
     out = []
     for at in range(0, len(rows), _ROWS):
       batch = rows[at:at + _ROWS]
-      for row, (logp, _) in zip(batch, self._scored(batch, _ROWS)):
-        out.append(float((logp.astype(np.float64) * row['weights']).sum()))
+      for row, (logp, _) in zip(batch, self._scored(batch, _power(len(batch), _ROWS))):
+        weights = row['weights'][:len(logp)]
+        out.append(float((logp.astype(np.float64) * weights).sum()))
     return np.asarray(out)
 
   def weights(self, text) -> dict:
@@ -301,11 +313,13 @@ def of(loaded: reference.Loaded, config: MixConfig, *, prior=None, data: str = '
   config.check()
   members, log_prior = loaded.members, None
   if isinstance(prior, str):
-    file, _, domain = prior.partition(':')
-    stored = priors.find(file, domain, config.posterior if config.posterior != 'none' else '')
+    file, domain = priors.split_reference(prior)
     names = config.members or members.names
-    digests = dict(zip(members.names, loaded.member_digests))
-    chosen = stored.log_prior(names, [digests.get(n, '') for n in names])
+    known = dict(zip(members.names, loaded.member_digests))
+    digests = [known.get(n, '') for n in names]
+    stored = priors.find(file, names, digests, domain,
+                         config.posterior if config.posterior != 'none' else '')
+    chosen = stored.log_prior(names, digests)
     whole = dict(zip(names, chosen))
     log_prior = np.asarray([whole.get(n, -np.inf) for n in members.names], np.float32)
     config = dataclasses.replace(config, prior='cached')

@@ -75,6 +75,16 @@ class Loaded:
     """Training domains, in the order of routes."""
     return self.config.data.domains
 
+  @property
+  def trained_in(self) -> list:
+    """[(workdir, domains that it was trained on)], whose data cards say what was read."""
+    return [(self.workdir, self.domains)]
+
+  @property
+  def trained_from(self) -> list:
+    """[(token store, domains of it that were trained on)], wherever that is now."""
+    return [(self.config.data.path, self.domains)]
+
   def given(self, domain: str) -> str | None:
     """The member that was trained on a domain, or None."""
     return domain if domain in self.members.names else None
@@ -102,14 +112,24 @@ class Loaded:
   @property
   def member_digests(self) -> tuple:
     """Content digest of each member as a whole LM: its own leaves and those it shares."""
-    from demix import digests, tree
-    shared, own = {}, {}
-    for name, leaf in self.meta['leaves'].items():
-      if name.startswith('params/'):
-        found = tree.EXPERT.fullmatch(name)
-        (own.setdefault(found[2], {}) if found else shared)[name] = leaf['digest']
     names = (self.expert,) if self.expert else self.members.names
-    return tuple(digests.of_tree(shared | own.get(name, {})) for name in names)
+    return tuple(digest_of_member(self.meta, name) for name in names)
+
+
+def digest_of_member(meta: dict, expert: str | None = None) -> str:
+  """Content digest of an LM, or of one expert of a DEMix LM with what the experts share."""
+  from demix import digests, tree
+  shared, own = {}, {}
+  for name, leaf in meta['leaves'].items():
+    if name.startswith('params/'):
+      found = tree.EXPERT.fullmatch(name)
+      (own.setdefault(found[2], {}) if found else shared)[name] = leaf['digest']
+  return digests.of_tree(shared | own.get(expert, {}))
+
+
+def dense_of(model):
+  """The config of one expert of a DEMix LM, taken out as a dense LM; of a dense LM its own."""
+  return dataclasses.replace(model, ffn='dense', experts=(), expert_every=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,10 +137,14 @@ class LoadedForest:
   """Experts of a forest as members of a mixture, all of one architecture. Their parameters are read
   when they are asked for: `take` first, and the others never are.
 
+  A DEMix LM of the forest is as many members as it has experts, named LM/EXPERT, each taken out as
+  a dense LM.
+
   Attributes:
-    workdir: the forest's folder. names: of the experts. steps: of their checkpoints.
+    workdir: the forest's folder. names: of the members. steps: of their checkpoints.
     metas: their meta.json. folders: their workdirs. trained: what each was trained on.
     earned: whether each beat its parent when it was registered, or has none.
+    experts: the expert of a DEMix LM that each is, or None for a whole LM.
     seed_meta: the seed's meta.json, or None; for the ledger.
   """
   workdir: Path
@@ -130,6 +154,7 @@ class LoadedForest:
   folders: tuple
   trained: tuple
   earned: tuple
+  experts: tuple
   seed_meta: dict | None
   expert: str | None = None
 
@@ -137,21 +162,22 @@ class LoadedForest:
 
   def clusterer(self, folder: str = ''):
     """See Loaded.clusterer."""
-    return _clusterer(self, dict(zip(self.folders, ((n,) for n in self.names))),
-                      folder or self.config.data.path)
+    members = {}
+    for where, name in zip(self.folders, self.names):
+      members[where] = (*members.get(where, ()), name)
+    return _clusterer(self, members, folder or self.config.data.path)
 
   @functools.cached_property
   def config(self):
     """The config of the first expert; what mixing needs of it is the same in all."""
-    from demix import settings
-    from demix.config import Config
-    return settings.from_dict(Config, self.metas[0]['config'])
+    return _config_of(self.metas[0])
 
   @functools.cached_property
   def model(self):
     """The architecture of every expert."""
     from demix.params import Model
-    return Model(self.config.model, self.config.execution, self.config.train.compute_dtype)
+    return Model(dense_of(self.config.model), self.config.execution,
+                 self.config.train.compute_dtype)
 
   @property
   def members(self):
@@ -161,15 +187,13 @@ class LoadedForest:
 
   @property
   def member_digests(self) -> tuple:
-    """Content digest of each expert."""
-    from demix import digests
-    return tuple(digests.of_tree({n: leaf['digest'] for n, leaf in meta['leaves'].items()
-                                  if n.startswith('params/')}) for meta in self.metas)
+    """Content digest of each member."""
+    return tuple(map(digest_of_member, self.metas, self.experts))
 
   @functools.cached_property
   def params(self) -> dict:
     """The running tree with a leading axis E: every expert's parameters, restored and verified."""
-    return stacked([f'{folder}@{step}' for folder, step in zip(self.folders, self.steps)])
+    return stacked(list(zip(self.folders, self.steps, self.experts)))
 
   @property
   def unearned(self) -> list:
@@ -183,6 +207,23 @@ class LoadedForest:
     return tuple(dict.fromkeys(d for group in (*self.trained, seed) for d in group))
 
   @property
+  def trained_in(self) -> list:
+    """See Loaded.trained_in."""
+    return list(zip(self.folders, self.trained))
+
+  @property
+  def trained_from(self) -> list:
+    """See Loaded.trained_from."""
+    metas = [*self.metas, *([self.seed_meta] if self.seed_meta else [])]
+    found = {(meta['config']['data']['path'], tuple(meta['domains'])): 0 for meta in metas}
+    return list(found)
+
+  @property
+  def packings(self) -> tuple:
+    """The ways in which the experts' text was cut, data.packing, each once."""
+    return tuple(dict.fromkeys(_config_of(meta).data.packing for meta in self.metas))
+
+  @property
   def step(self) -> int:
     """The largest of the experts' steps."""
     return max(self.steps)
@@ -191,7 +232,8 @@ class LoadedForest:
   def meta(self) -> dict:
     """As one meta.json: tokenizer, ledger of all phases, digests over the experts'."""
     from demix import digests
-    metas = [*self.metas, *([self.seed_meta] if self.seed_meta else [])]
+    each = dict(zip(self.folders, self.metas))
+    metas = [*each.values(), *([self.seed_meta] if self.seed_meta else [])]
     ledger = {k: sum(m['ledger'][k] for m in metas) for k in ('tokens', 'flops', 'seconds')}
     return {'tokenizer': self.metas[0]['tokenizer'], 'ledger': ledger,
             'identity': {n: m['identity'] for n, m in zip(self.names, self.metas)},
@@ -202,30 +244,46 @@ class LoadedForest:
     return next((n for n, trained in zip(self.names, self.trained) if trained == (domain,)), None)
 
   def counts(self) -> tuple[int, int]:
-    """(total, active) parameters."""
-    one = self.model.counts()[0]
-    return one * len(self.names), one
+    """(total, active) parameters; what the experts of a DEMix LM share counts once."""
+    from demix.params import Model
+    each = {folder: _config_of(meta).model for folder, meta in zip(self.folders, self.metas)}
+    kept = {f: tuple(e for g, e in zip(self.folders, self.experts) if g == f) for f in each}
+    total = sum(Model(dataclasses.replace(
+        c, experts=kept[f]) if c.ffn == 'demix' else c).counts()[0] for f, c in each.items())
+    return total, self.model.counts()[0]
 
   def take(self, names) -> 'LoadedForest':
     """The forest of these experts only, in its own order."""
     kept = [i for i, n in enumerate(self.names) if n in names]
     pick = lambda values: tuple(values[i] for i in kept)
     return dataclasses.replace(self, **{f: pick(getattr(self, f)) for f in (
-        'names', 'steps', 'metas', 'folders', 'trained', 'earned')})
+        'names', 'steps', 'metas', 'folders', 'trained', 'earned', 'experts')})
 
 
-def stacked(models) -> dict:
-  """The running trees of models (references) of one architecture as one, every leaf with a leading
-  axis E. Beside the result one of them is in memory at a time."""
+def _config_of(meta: dict):
+  from demix import settings
+  from demix.config import Config
+  return settings.from_dict(Config, meta['config'])
+
+
+def stacked(members) -> dict:
+  """The running trees of LMs of one architecture as one, every leaf with a leading axis E.
+
+  Beside the result one of them is in memory at a time.
+
+  Args:
+    members: [(workdir, step, expert of a DEMix LM that is taken out, or None)].
+  """
   import jax.numpy as jnp
   import numpy as np
 
-  from demix import tree
+  from demix import catalogue, tree
   out = {}
-  for i, text in enumerate(models):
-    for name, leaf in tree.flatten(load(text).params).items():
+  for i, (workdir, step, expert) in enumerate(members):
+    catalogue.require(workdir / 'checkpoints', step)
+    for name, leaf in tree.flatten(load_at(workdir, step, expert).params).items():
       if not i:
-        out[name] = np.empty((len(models), *leaf.shape), leaf.dtype)
+        out[name] = np.empty((len(members), *leaf.shape), leaf.dtype)
       out[name][i] = leaf
   return tree.unflatten({name: jnp.asarray(out.pop(name)) for name in list(out)})
 
@@ -262,7 +320,7 @@ def load_forest(folder: Path) -> LoadedForest:
   from demix.errors import Refused
   from demix.forest import manifest
   forest = manifest.load(folder)
-  names, steps, metas, folders, trained, earned = [], [], [], [], [], []
+  found = []
   for name, entry in forest['experts'].items():
     if entry.get('kind', 'full') != 'full':
       continue
@@ -272,24 +330,26 @@ def load_forest(folder: Path) -> LoadedForest:
     if meta['content_digest'] != entry['content_digest']:
       raise BadInput(f'{where}@{step}: content digest {meta["content_digest"]}, but {folder} names '
                      f'{entry["content_digest"]} for expert {name}: restore it, or remove it')
-    gate = entry.get('gate') or {}
-    for values, value in zip((names, steps, metas, folders, trained, earned),
-                             (name, step, meta, where, tuple(entry['domains']),
-                              not entry['parents'] or bool(gate.get('passed')))):
-      values.append(value)
-  if not names:
+    if meta['config']['data'].get('domain_token'):
+      raise Refused(f'forest {folder}: {name} is a +DomainToken LM, which reads a <domain> symbol '
+                    'that a mixture would not give: remove it, and evaluate it by itself')
+    earned = not entry['parents'] or bool((entry.get('gate') or {}).get('passed'))
+    experts = meta['config']['model'].get('experts', ())
+    for expert in experts or (None,):
+      found.append((f'{name}/{expert}' if expert else name, step, meta, where,
+                    (expert,) if expert else tuple(entry['domains']), earned, expert))
+  if not found:
     raise BadInput(f'{folder}: a forest without finished experts: train one first')
-  differences = []
-  for name, meta in zip(names[1:], metas[1:]):
-    pairs = [('tokenizer', meta['tokenizer'], metas[0]['tokenizer'])]
-    first = metas[0]['config']['model']
-    pairs += [(f'model.{k}', v, first.get(k)) for k, v in meta['config']['model'].items()]
-    differences += [f'{name} {k}={a!r}, {names[0]} {b!r}' for k, a, b in pairs if a != b]
+  differences, (first, _, base, *_) = [], found[0]
+  for name, _, meta, *_ in found[1:]:
+    pairs = [('tokenizer', meta['tokenizer'], base['tokenizer'])]
+    model, wanted = ({k: v for k, v in m['config']['model'].items() if k not in (
+        'ffn', 'experts', 'expert_every')} for m in (meta, base))  # an expert is a dense LM
+    pairs += [(f'model.{k}', v, wanted.get(k)) for k, v in model.items()]
+    differences += [f'{name} {k}={a!r}, {first} {b!r}' for k, a, b in pairs if a != b]
   if differences:
     raise Refused(f'forest {folder}: experts that cannot be mixed: {"; ".join(differences)}')
-  seed_meta = manifest.seed_meta(folder, forest)
-  found = map(tuple, (names, steps, metas, folders, trained, earned))
-  return LoadedForest(folder, *found, seed_meta)
+  return LoadedForest(folder, *map(tuple, zip(*found)), manifest.seed_meta(folder, forest))
 
 
 def parse(text: str) -> Reference:
@@ -302,7 +362,7 @@ def parse(text: str) -> Reference:
     raise BadInput(f'model reference {text!r}: hf: references are not built yet; '
                    'name a workdir: W, W@STEP or W#EXPERT')
   if text.startswith('forest:'):
-    found = re.fullmatch(r'forest:(?P<f>[^@#]+)(#(?P<expert>[A-Za-z0-9_-]+))?', text)
+    found = re.fullmatch(r'forest:(?P<f>[^@#]+)(#(?P<expert>[A-Za-z0-9_/-]+))?', text)
     if not found:
       raise BadInput(f'model reference {text!r} is not forest:F or forest:F#EXPERT')
     return Reference(Path(found['f']), None, found['expert'], True)
@@ -326,11 +386,13 @@ def locate(text: str) -> tuple[Reference, Path, int]:
     if not ref.expert:
       raise BadInput(f'model {text!r}: a forest is many models; name one expert, {text}#NAME')
     forest = load_forest(ref.workdir)
-    if ref.expert not in forest.names:
+    whole = {n.partition('/')[0]: i for i, n in enumerate(forest.names)}  # a DEMix LM by its name
+    if ref.expert not in (*forest.names, *whole):
       raise BadInput(f'model {text!r}: no expert {ref.expert!r}'
-                     f'{nearest(ref.expert, forest.names)}')
-    at = forest.names.index(ref.expert)
-    ref = Reference(forest.folders[at], forest.steps[at])
+                     f'{nearest(ref.expert, (*forest.names, *whole))}')
+    at = forest.names.index(ref.expert) if ref.expert in forest.names else whole[ref.expert]
+    ref = Reference(forest.folders[at], forest.steps[at],
+                    forest.experts[at] if ref.expert in forest.names else None)
   directory = ref.workdir / 'checkpoints'
   if not ref.workdir.is_dir():
     raise BadInput(f'model {text!r}: no such workdir {str(ref.workdir)!r}')
@@ -351,22 +413,35 @@ def load(text: str) -> 'Loaded | LoadedForest':
   named = parse(text)
   if named.forest and not named.expert:
     return load_forest(named.workdir)
-  ref, directory, step = locate(text)
+  ref, _, step = locate(text)
+  loaded = load_at(ref.workdir, step, ref.expert, text)
+  return loaded if ref.expert else dataclasses.replace(loaded, expert=named.expert)
 
+
+def load_at(workdir: Path, step: int, expert: str | None = None, text: str = '') -> Loaded:
+  """The model of a verified checkpoint, or one expert of it as a dense LM.
+
+  Args:
+    text: how it was named, for messages.
+
+  Raises:
+    BadInput: no such expert. NothingToLoad: the arrays are not those that were saved.
+  """
   import jax
 
-  from demix import checkpoint, settings
-  from demix.config import Config
+  from demix import checkpoint
   from demix.params import Model, expert_slice
+  directory = workdir / 'checkpoints'
   meta = checkpoint.read_meta(directory, step)
-  config = settings.from_dict(Config, meta['config'])
+  config = _config_of(meta)
   model = Model(config.model, config.execution, config.train.compute_dtype)
   like = {f'params/{n}': x for n, x in
           jax.eval_shape(model.canonical, model.abstract).items()}
   flat = checkpoint.restore(directory, step, like)
   params = model.stacked({n.removeprefix('params/'): x for n, x in flat.items()})
-  if ref.expert:
+  if expert:
     if config.model.ffn != 'demix':
-      raise BadInput(f'model {text!r}: a dense LM has no experts; leave out #{ref.expert}')
-    model, params = expert_slice(model, params, ref.expert)
-  return Loaded(model, params, config, meta, step, named.expert, ref.workdir)
+      raise BadInput(f'model {text or str(workdir)!r}: a dense LM has no experts; leave out '
+                     f'#{expert}')
+    model, params = expert_slice(model, params, expert)
+  return Loaded(model, params, config, meta, step, expert, workdir)

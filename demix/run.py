@@ -6,6 +6,7 @@ moments and step; a run that was killed and started again goes through the same 
 
 import contextlib
 import dataclasses
+import math
 import re
 import shutil
 from pathlib import Path
@@ -28,6 +29,7 @@ from demix.data.batches import Batches
 from demix.data.store import TokenStore
 from demix.errors import NonFinite
 from demix.eval import perplexity
+from demix.eval.sequences import Protocol
 from demix.metrics import Metrics
 from demix.optimizer import AdamW
 from demix.params import Model
@@ -272,10 +274,14 @@ class Run:
       return {}
     rows = NamedSharding(self.program.mesh, sharding.BATCH)
     ways = 1 if self.name else sharding.row_ways(self.program.mesh)
+    # Expert by expert, so that over an expert axis no expert leaves its devices.
+    experts = self.config.model.experts
+    balanced = bool(experts) and not self.name and self.program.mesh.shape['expert'] > 1
+    ways = math.lcm(ways, len(experts)) if balanced else ways
     scores = perplexity.evaluate(
-        self.model, params, self.store, parts, length=config.data.sequence_length,
-        batch_size=-(-min(config.data.batch_size, 64) // ways) * ways,
-        limit=config.train.eval_sequences, symbols=self.symbols,
+        self.model, params, self.store, parts, symbols=self.symbols,
+        protocol=Protocol.of(config.data, limit=config.train.eval_sequences),
+        batch_size=-(-min(config.data.batch_size, 64) // ways) * ways, balanced=balanced,
         place=lambda batch: batch if self.name else sharding.put(batch, rows))
     row = {f'eval/{part.domain}/nll': score.mean_nll for part, score in zip(parts, scores)}
     row['eval/mean/nll'] = sum(row.values()) / len(row)

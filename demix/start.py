@@ -8,17 +8,18 @@ does not need the model it started from.
 """
 
 import dataclasses
+import math
 import os
+import sys
 
 from demix import checkpoint, reference, settings
 from demix.config import NEAREST, Config, InitConfig
 from demix.data.store import TokenStore
 from demix.errors import BadInput, DemixError
-from demix.eval import mixing
+from demix.eval.given import find_nearest
+from demix.eval.sequences import Protocol
 from demix.forest import lineage
-from demix.mix.members import ExpertMembers
-from demix.mix.mixture import MixConfig
-from demix.params import Model, expert_slice
+from demix.params import expert_slice
 from demix.settings import nearest
 from demix.transformer import ModelConfig
 
@@ -30,9 +31,9 @@ class Start:
   Attributes:
     model: its config; of the dense LM where an expert is taken out.
     record: what config.json and meta.json keep as `init`: model (as it was named), workdir, step,
-      content_digest (of all its parameters), expert ('' for none), asked, posterior (by expert,
-      where it was estimated), schedule_steps (of its optimizer), ancestors (content digests that
-      the model goes back to).
+      content_digest (of all its parameters), expert ('' for none), asked, nll, margin, error,
+      nearest (eval/nearest.py, where the expert was chosen by it), schedule_steps (of its
+      optimizer), ancestors (content digests that the model goes back to).
   """
   model: ModelConfig
   record: dict
@@ -49,10 +50,16 @@ class Start:
     if record['expert'] == NEAREST:
       whole = self._load()
       [domain] = config.data.domains  # `find` has seen to it
-      expert, posterior = nearest_expert(
-          whole.model, whole.params, store, domain, length=config.data.sequence_length,
-          limit=config.init.limit)
-      self.record = record | {'expert': expert, 'posterior': posterior}
+      protocol = dataclasses.replace(Protocol.of(whole.config.data),
+                                     length=config.data.sequence_length)
+      found = find_nearest(whole, store, domain, protocol,
+                           sequences=config.init.limit or 1 << 30)
+      if warning := found.warning(domain):
+        print(f'warning: init.expert=nearest: {warning}', file=sys.stderr, flush=True)
+      self.record = record | {
+          'expert': found.expert, 'nearest': found.describe(),
+          'nll': dict(zip(found.names, found.nll)), 'margin': _number(found.margin),
+          'error': _number(found.error)}
     return dataclasses.replace(config, init=dataclasses.replace(
         config.init, expert=self.record['expert']))
 
@@ -84,7 +91,10 @@ class Start:
     """One line for people."""
     record = self.record
     expert = f', expert {record["expert"]}' if record['expert'] else ''
-    if record['posterior']:
+    if nll := record.get('nll'):
+      ranked = ', '.join(f'{name} {x:.3f}' for name, x in sorted(nll.items(), key=lambda i: i[1]))
+      expert += f' (nearest: {record["nearest"]}; NLL {ranked})'
+    elif record.get('posterior'):  # estimated by an earlier version, which took the largest
       ranked = sorted(record['posterior'].items(), key=lambda item: -item[1])
       shares = ', '.join(f'{name} {share:.3f}' for name, share in ranked)
       expert += f' (nearest; posterior {shares})'
@@ -151,7 +161,7 @@ def find(config: Config, store: TokenStore, saved: dict | None, workdir) -> Star
     model = dataclasses.replace(model, ffn='dense', experts=(), expert_every=1)
   return Start(model, {
       'model': init.model, 'workdir': os.path.abspath(ref.workdir), 'step': step,
-      'content_digest': meta['content_digest'], 'expert': asked, 'asked': asked, 'posterior': None,
+      'content_digest': meta['content_digest'], 'expert': asked, 'asked': asked,
       'schedule_steps': parent.optimizer.schedule_steps,
       'ancestors': sorted(lineage.ancestors(meta))})
 
@@ -188,25 +198,6 @@ def _check(init: InitConfig, expert: str, config: Config, parent: Config, meta: 
                      'estimate it on; name the expert')
 
 
-def nearest_expert(model: Model, params: dict, store: TokenStore, domain: str, *, length: int,
-                   limit: int = 0) -> tuple[str, dict]:
-  """The expert of a DEMix LM that fits a domain best, by the domain's valid text.
-
-  Args:
-    model, params: the DEMix LM, a running tree.
-    store, domain: whose valid text. length: tokens of a sequence. limit: sequences; 0: all.
-
-  Returns:
-    (name, {name: weight}): the largest of the domain's cached prior, and all of it. By prefix:
-    with last_token the moving mean remembers some ten blocks, and on the quick start's novel domain
-    its argmax after 100 blocks is another than after 200.
-
-  Raises:
-    BadInput: too little valid text.
-  """
-  mode = mixing.Mode('cached', MixConfig(prior='cached', posterior='prefix',
-                                         blocks=limit or 1 << 30))
-  names = model.config.experts
-  estimated = mixing.Evaluation(ExpertMembers(model), params, names, store, (mode,), length=length)
-  posterior = estimated.estimate(domain)['prefix'].weights
-  return max(posterior, key=posterior.get), posterior
+def _number(x: float | None) -> float | None:
+  """What JSON has no number for (nothing to compare with) as None."""
+  return x if x is not None and math.isfinite(x) else None

@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from demix import sharding, together, tree
 from demix.analysis.collectives import collectives
+from demix.eval import perplexity
 from demix.step import Program, make_step
 
 # Every leaf has another shape than those of other kinds, whole or split in two.
@@ -83,6 +84,9 @@ def run(case: str) -> dict:
   forward = models.jit(
       lambda p, b: model.apply(p, b['tokens_BL'], b['domain_B'], balanced=True)[0],
       in_shardings=(where['params'], rows), out_shardings=rows)
+  scored = models.jit(lambda p, b: perplexity.token_nll.__wrapped__(model, p, b, True),
+                      in_shardings=(where['params'], rows), out_shardings=rows)
+  used = {n: batches[0][n] for n in ('tokens_BL', 'targets_BL', 'domain_B')}
   one, alone = train(*one_device(experts))
   many, sharded = train(step, jax.device_put(state, where), jax.device_put(batches, rows))
   lies = tree.flatten(where)
@@ -95,6 +99,7 @@ def run(case: str) -> dict:
       'strays': [n for n in many if not many[n].sharding.is_equivalent_to(lies[n], many[n].ndim)],
       'step': plain(collectives(step.as_text(), mesh)),
       'forward': plain(collectives(forward.lower(params, batches[0]).compile().as_text(), mesh)),
+      'scored': plain(collectives(scored.lower(params, used).compile().as_text(), mesh)),
       'leaves': {n: {'shape': list(x.shape), 'local': list(s.shard_shape(x.shape)),
                      'without_fsdp': list(NamedSharding(mesh, PartitionSpec(
                          *(None if a == 'fsdp' else a for a in s.spec))).shard_shape(x.shape))}

@@ -73,7 +73,9 @@ def test_evaluation_mixes_by_what_each_block_says_before_a_token(lm, clustered, 
     assert row['nll'] == pytest.approx(nats / tokens, rel=1e-5)
     assert rows[domain, 'prefix']['nll'] != row['nll']
   options = content['mixing']['W']
-  assert options['unusual'] == {'kernel': 'd4', 'kernel_temperature': 0.3}
+  assert options['options'] == {'kernel': 'd4', 'kernel_temperature': 0.3}
+  assert set(map(tuple, options['read_by'].values())) == {('clusters',)}
+  assert content['heldout'] == []  # all of its text was cut into clusters
   assert sum(options['mean_weights']['uniform clusters']['legal'].values()) == pytest.approx(1)
 
 
@@ -152,7 +154,7 @@ def test_another_clusterer_and_models_without_clusters_are_refused(lm, clustered
                     '--discover=3', '--discover.kind=random').code == 0
   error = evaluate(lm, f'--mix.clusterer={tmp_path / "other"}').error(3)
   assert 'was trained on clusters of the clusterer' in error and '--mix.clusterer' in error
-  assert "mean 'clusters'" in evaluate(lm, '--mix=cluster').error(2)
+  assert "mean 'clusters'" in runs.demix('evaluate', f'--model={lm}', '--mix=cluster').error(2)
 
 
 # ---- importance sampling -----------------------------------------------------------------------

@@ -16,6 +16,7 @@ from demix import checkpoint, metrics, settings
 from demix.config import Config
 from demix.data.store import TokenStore
 from demix.eval import perplexity
+from demix.eval.sequences import Protocol
 from demix.forest import manifest
 from demix.reference import load
 
@@ -199,7 +200,7 @@ def test_evaluate_mixes_a_forest_and_gives_each_domain_its_expert(grown, stores,
   rows = {(r['domain'], r['prior'], r['posterior']): r for r in content['rows']}
   one = load(f'forest:{grown}#code')
   [score] = perplexity.evaluate(one.model, one.params, TokenStore.open(stores.bytes),
-                                [perplexity.Part('code', 'test')], length=32)
+                                [perplexity.Part('code', 'test')], protocol=Protocol(32))
   assert rows['code', None, None]['mix'] == 'expert:code'
   assert rows['code', None, None]['nll'] == pytest.approx(score.mean_nll, rel=1e-6)
   run = content['runs']['F']

@@ -16,6 +16,7 @@ from demix import reference
 from demix.data.store import TokenStore
 from demix.errors import BadInput, NothingToLoad, Refused
 from demix.eval import perplexity
+from demix.eval.sequences import Protocol
 from demix.mix import prior
 
 ROOT = Path(__file__).parents[1]
@@ -66,7 +67,7 @@ def test_one_expert_scores_a_stream_as_evaluate_does(models, stores):
   ids = np.asarray(store.tokens('legal', 'test'))
   loaded = reference.load(f'{models["demix"]}#legal')
   [expected] = perplexity.evaluate(loaded.model, loaded.params, store,
-                                   [perplexity.Part('legal', 'test')], length=32)
+                                   [perplexity.Part('legal', 'test', 0)], protocol=Protocol(32))
   score = one.score(ids)
   assert len(score.ids) == expected.tokens and score.bytes == expected.bytes
   assert score.nll == pytest.approx(expected.mean_nll, rel=1e-6)
@@ -134,7 +135,8 @@ def test_priors_by_list_by_name_and_stored(models, lm, priors):
   by_name = demix.load(W, prior={'code': 1.0}).score(TEXT)
   np.testing.assert_array_equal(by_list.logp, by_name.logp)
   np.testing.assert_allclose(by_list.logp, demix.load(f'{W}#code').score(TEXT).logp, atol=4e-6)
-  stored = prior.find(priors, 'code', 'prefix')
+  lm = demix.load(W)
+  stored = prior.find(priors, lm.experts, reference.load(W).member_digests, 'code', 'prefix')
   lm = demix.load(W, prior=f'{priors}:code')
   np.testing.assert_allclose(lm.score(TEXT).weights[:, 0], list(stored.weights.values()), atol=1e-5)
   with pytest.raises(BadInput, match='0 priors of domain legal'):

@@ -298,6 +298,12 @@ def test_activations_stay_with_their_rows(found, case):
 
 
 @each_case
+def test_scoring_expert_by_expert_leaves_experts_where_they_lie(found, case):
+  """Evaluation in training: with rows of any expert it gathered all of them, batch after batch."""
+  assert all('expert' not in c['axes'] for c in found[case]['scored'])
+
+
+@each_case
 def test_the_step_is_that_of_one_device(found, case):
   it = found[case]
   alone, sharded = it['alone'], it['sharded']

@@ -13,11 +13,14 @@ import runs
 from demix import checkpoint, metrics
 from demix.data.batches import Batches
 from demix.data.store import TokenStore
+from demix.errors import BadInput
 from demix.eval import perplexity
+from demix.eval.given import find_nearest
+from demix.eval.nearest import compare
+from demix.eval.sequences import Protocol
 from demix.optimizer import AdamW
 from demix.reference import load
 from demix.sharding import MeshConfig, make_mesh
-from demix.start import nearest_expert
 from demix.state import canonical_state, running_state
 from demix.step import Program
 
@@ -84,7 +87,8 @@ def test_the_first_loss_is_that_of_the_expert_and_it_falls(models, frozen, store
   scores = []
   for reference in (f'{models["demix"]}#legal', frozen):
     one = load(str(reference))
-    scores += perplexity.evaluate(one.model, one.params, store, [part], length=32, limit=64)
+    scores += perplexity.evaluate(one.model, one.params, store, [part],
+                                  protocol=Protocol(32, limit=64))
   # Its training text is in the style of legal (tests/corpus.py), so it starts well.
   rows = metrics.read(frozen)
   assert rows[0]['train/loss'] < 3 and rows[-1]['train/loss'] < rows[0]['train/loss']
@@ -98,7 +102,7 @@ def test_what_was_resolved_is_recorded_and_identity(models, frozen):
   saved = json.loads((frozen / 'config.json').read_text())
   expected = {'model': str(models['demix']), 'workdir': str(models['demix']), 'step': 40,
               'content_digest': parent['content_digest'], 'expert': 'legal', 'asked': 'legal',
-              'posterior': None, 'schedule_steps': 40,
+              'schedule_steps': 40,
               'ancestors': [parent['content_digest']]}
   assert meta['init'] == saved['init'] == expected
   assert meta['identity'] == saved['identity']
@@ -128,14 +132,40 @@ def test_every_kind_of_model_is_adapted(models, stores, tmp_path, kind, trainabl
 # ---- the nearest expert -----------------------------------------------------------------------
 
 
-def test_the_nearest_expert_is_that_of_the_valid_text(models, stores):
+@pytest.mark.parametrize('sequences', [2, 4, 16])
+def test_the_nearest_expert_has_the_lowest_nll_on_valid_text(models, stores, sequences):
   """The novel domain's valid text is code, its training text legal, its test text verse."""
-  whole = load(str(models['demix']))
-  name, posterior = nearest_expert(whole.model, whole.params, TokenStore.open(stores.bytes), NOVEL,
-                                   length=32, limit=4)
-  assert name == 'code' == max(posterior, key=posterior.get)
-  assert posterior.keys() == set(corpus.DOMAINS)
-  assert sum(posterior.values()) == pytest.approx(1)
+  whole, store = load(str(models['demix'])), TokenStore.open(stores.bytes)
+  found = find_nearest(whole, store, NOVEL, Protocol(32), sequences=sequences)
+  assert found.expert == 'code' and found.sequences <= sequences
+  assert found.certain or sequences == 2
+  # By another way: each expert by itself, on the same blocks.
+  stream = Protocol(32).development(store, NOVEL, sequences)
+  for name, nll in zip(found.names, found.nll):
+    one, losses = load(f'{models["demix"]}#{name}'), []
+    for i in stream[1]:
+      row = stream[0][i]
+      losses.append(perplexity.token_nll(one.model, one.params, {
+          'tokens_BL': row['tokens'][None], 'targets_BL': row['targets'][None],
+          'domain_B': np.zeros(1, int)}))
+    assert nll == pytest.approx(float(np.mean(losses)), rel=1e-5)
+
+
+def test_a_margin_within_its_error_is_said():
+  """Two experts that differ by noise, and two that differ clearly: the same rule for both."""
+  random, tokens = np.random.default_rng(0), np.full(50, 32)
+  noise = random.normal(size=(2, 50)) * 3
+  unsure = compare(('a', 'b'), 100 + noise, tokens, 'law')
+  assert not unsure.certain and 'within its error' in unsure.warning('law')
+  sure = compare(('a', 'b'), 100 + noise + [[0], [10]], tokens, 'law')
+  assert sure.certain and not sure.warning('law') and sure.expert == 'a'
+  shifts = (noise[1] - noise[0]) / 32
+  assert unsure.error == pytest.approx(1.96 * shifts.std(ddof=1) / 50 ** 0.5, rel=1e-9)
+  # One sequence says nothing of its error; an expert alone is nearest; nothing scored is no number.
+  assert not compare(('a', 'b'), [[1.0], [2.0]], [4], 'law').certain
+  assert compare(('a',), [[1.0]], [4], 'law').certain
+  with pytest.raises(BadInput, match='law: no token of its 2 sequences'):
+    compare(('a', 'b'), np.zeros((2, 2)), [0, 0], 'law')
 
 
 def test_nearest_is_resolved_once_and_going_on_needs_no_parent(models, stores, tmp_path,
@@ -143,13 +173,13 @@ def test_nearest_is_resolved_once_and_going_on_needs_no_parent(models, stores, t
   parent = shutil.copytree(models['demix'], tmp_path / 'W')
   flags = dict(init__expert='nearest', init__trainable='ffn')
   whole = adapt(stores.bytes, tmp_path / 'whole', parent, **flags)
-  assert whole.code == 0 and ', expert code (nearest; posterior code ' in whole.out
+  assert whole.code == 0 and ', expert code (nearest: lowest NLL on ' in whole.out
   assert adapt(stores.bytes, tmp_path / 'A', parent, train__steps=4, **flags).code == 0
   record = json.loads((tmp_path / 'A/config.json').read_text())['init']
   assert (record['expert'], record['asked']) == ('code', 'nearest')
-  assert record['posterior'].keys() == set(corpus.DOMAINS)
+  assert record['nll'].keys() == set(corpus.DOMAINS) and record['margin'] > record['error'] > 0
   shutil.rmtree(parent)
-  monkeypatch.setattr('demix.start.nearest_expert', None)
+  monkeypatch.setattr('demix.start.find_nearest', None)
   for asked in ('nearest', 'code'):  # the name it led to is the same experiment
     ended = adapt(stores.bytes, tmp_path / 'A', parent, **flags | {'init__expert': asked})
     assert ended.code == 0 and ended.said() == []

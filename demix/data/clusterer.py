@@ -110,9 +110,17 @@ class Clusterer:
       reading.read(int(i))
     return out
 
-  def before_rows(self, tokenizer, targets_BL, limit: int = 0) -> np.ndarray:
-    """`before` of each row, the evidence of a batch: float32 [K, B, L]."""
-    rows = [self.before(tokenizer, row, limit) for row in np.asarray(targets_BL)]
+  def before_rows(self, tokenizer, targets_BL, limit: int = 0, segments_BL=None) -> np.ndarray:
+    """`before` of each row, and of each segment of it: the evidence of a batch, float32 [K, B, L].
+
+    Args:
+      segments_BL: int [B, L], one number for each document; None: a row is one text.
+    """
+    rows = []
+    for b, row in enumerate(np.asarray(targets_BL)):
+      cuts = [] if segments_BL is None else np.flatnonzero(np.diff(segments_BL[b])) + 1
+      rows.append(np.concatenate([self.before(tokenizer, part, limit)
+                                  for part in np.split(row, cuts)]))
     return np.stack(rows).transpose(2, 0, 1)
 
   def take(self, names) -> 'Clusterer':

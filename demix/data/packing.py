@@ -142,17 +142,25 @@ def pack(document_ends: np.ndarray, length: int) -> dict:
 
 
 class Documents:
-  """Sequences of whole documents, by an index that is made once and kept beside the tokens."""
+  """Sequences of whole documents, by an index that is made once and kept beside the tokens.
 
-  def __init__(self, store: TokenStore, domain: str, split: str, length: int):
+  Args:
+    keep: False: where the index cannot be written it is made again each time.
+  """
+
+  def __init__(self, store: TokenStore, domain: str, split: str, length: int, *,
+               keep: bool = True):
     self.store, self.domain, self.split, self.length = store, domain, split, length
     self.prompts = Prompts(store, domain, split)
     path = os.path.join(store.path, domain, split, f'packed_{length}.npz')
     ends = np.asarray(store.documents(domain, split)[:, 0])
     of = digest_of(ends)
+    index = None
     if not os.path.exists(path):
-      write_index(path, {**pack(ends, length), 'documents': of})
-    index = read_index(path)
+      index = {**pack(ends, length), 'documents': of}
+      with contextlib.suppress(*(() if keep else (BadInput,))):
+        write_index(path, index)
+    index = index or read_index(path)
     if index['documents'] != of:
       raise BadInput(f'{path}: made for documents with digest {index["documents"]}, the split has '
                      f'{of}: delete it, it is made again')

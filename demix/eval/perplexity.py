@@ -1,5 +1,6 @@
-"""Perplexity and bits per byte per domain (docs/method.md): non-overlapping blocks over the packed
-stream, every token predicted exactly once; or strided windows, where each token sees more context.
+"""Perplexity and bits per byte per domain (docs/method.md), of text cut as the model was trained:
+blocks of the packed stream, every token predicted exactly once; documents by themselves; or strided
+windows, where each token sees more context.
 """
 
 import dataclasses
@@ -11,9 +12,10 @@ import numpy as np
 
 from demix import loss, processes
 from demix.data.batches import domain_row, stack
-from demix.data.packing import Stream, empty_row
+from demix.data.packing import empty_row
 from demix.data.store import TokenStore
 from demix.errors import BadInput
+from demix.eval.sequences import Protocol
 from demix.params import Model
 
 
@@ -25,114 +27,135 @@ class Score:
     nll: summed negative log-likelihood in nats.
     tokens: scored tokens, end-of-document included.
     bytes: bytes of the scored tokens; an end-of-document has none.
+    each: (nats, tokens) of every sequence, in order.
   """
   nll: float = 0.0
   tokens: int = 0
   bytes: int = 0
+  each: list = dataclasses.field(default_factory=list)
+
+  def add(self, nll_BL, weights_BL, bytes_BL):
+    """Adds sequences: nats, weights and bytes of their targets."""
+    nats, tokens = (nll_BL * weights_BL).sum(1), weights_BL.sum(1).astype(int)
+    self.nll += float(nats.sum())
+    self.tokens += int(tokens.sum())
+    self.bytes += int((bytes_BL * weights_BL).sum())
+    self.each += zip(nats.tolist(), tokens.tolist())
 
   @property
-  def mean_nll(self) -> float:
-    """Nats per token."""
-    return self.nll / max(1, self.tokens)
+  def mean_nll(self) -> float | None:
+    """Nats per token; None where nothing was scored, which is no perplexity of 1."""
+    return self.nll / self.tokens if self.tokens else None
 
   @property
-  def perplexity(self) -> float:
-    """exp(nats per token)."""
-    return math.exp(min(self.mean_nll, 700.0))
+  def perplexity(self) -> float | None:
+    """exp(nats per token); None where nothing was scored."""
+    return math.exp(min(self.mean_nll, 700.0)) if self.tokens else None
 
   @property
-  def bits_per_byte(self) -> float:
-    """Bits per byte of the scored text: comparable across tokenizers."""
-    return self.nll / math.log(2) / max(1, self.bytes)
+  def bits_per_byte(self) -> float | None:
+    """Bits per byte of the scored text: comparable across tokenizers. None for no bytes."""
+    return self.nll / math.log(2) / self.bytes if self.bytes else None
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def token_nll(model: Model, params, batch) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def token_nll(model: Model, params, batch, balanced: bool = False) -> jax.Array:
   """-log p of each target, [B, L] float32, rows of any domains (the general path)."""
-  hidden, _, _ = model.apply(params, batch['tokens_BL'], batch['domain_B'])
+  hidden, _, _ = model.apply(
+      params, batch['tokens_BL'], batch['domain_B'], balanced=balanced,
+      segments_BL=batch.get('segments_BL'), positions_BL=batch.get('positions_BL'))
   return loss.nll(hidden, model.output_table(params), batch['targets_BL'],
                   model.config.vocab_size, model.execution.loss_block)
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """A domain and split to score, and the expert (or <domain> symbol) that is given for it."""
+  """A domain and split to score, and the expert or <domain> symbol that is given for it.
+
+  Attributes:
+    route: its number; None for a model that has neither. A DEMix LM is never routed by default.
+  """
   domain: str
   split: str
-  route: int = 0
+  route: int | None = None
 
 
-def windows(store: TokenStore, parts, body: int, stride: int = 0, limit: int = 0) -> int:
-  """How many windows `evaluate` will score."""
-  counts = [len(Stream(store, p.domain, p.split, body, stride=stride, partial=True)) for p in parts]
-  return sum(min(c, limit) if limit else c for c in counts)
-
-
-def evaluate(model: Model, params, store: TokenStore, parts, *, length: int, batch_size: int = 32,
-             stride: int = 0, limit: int = 0, symbols=None, progress=None,
-             place=lambda batch: batch) -> list[Score]:
+def evaluate(model: Model, params, store: TokenStore, parts, *, protocol: Protocol,
+             batch_size: int = 32, symbols=None, progress=None, place=lambda batch: batch,
+             balanced: bool = False) -> list[Score]:
   """Scores all `parts` in one pass: rows of all of them share batches.
 
   Args:
     model, params: what is evaluated; its vocabulary must be the store's.
     store: an open token store.
     parts: sequence of Part.
-    length: L, tokens of a window (with the <domain> symbol where there is one).
+    protocol: how text is cut and how much is scored.
     batch_size: rows per forward pass.
-    stride: tokens scored per window; 0: all of them (the papers' protocol).
-    limit: windows per part, the first ones; 0: all.
     symbols: ids of the <domain> symbols by route, or None.
-    progress: called with the number of windows done, or None.
+    progress: called with the number of sequences done, or None.
     place: puts a batch where the parameters are; all processes of a run have the whole batch.
+    balanced: a DEMix LM's rows are laid out expert by expert, equally many each, as in training:
+      no expert's parameters leave their devices. `batch_size` is a multiple of the experts.
 
   Returns:
     One Score per part.
 
   Raises:
-    BadInput: a part without text.
+    BadInput: a part without text, or a DEMix LM without an expert for a part.
   """
-  body = length - (symbols is not None)
+  routed = model.config.ffn == 'demix' or symbols is not None
   todo = []
   for i, part in enumerate(parts):
-    stream = Stream(store, part.domain, part.split, body, stride=stride, partial=True)
-    if not len(stream):
-      raise BadInput(f'{store.path}/{part.domain}/{part.split} is empty: nothing to score')
-    count = min(len(stream), limit) if limit else len(stream)
-    todo += [(i, stream, w) for w in range(count)]
-  padding = {**empty_row(length), 'domain': np.int32(0)}
+    if routed and part.route is None:
+      raise BadInput(f'{part.domain}: no expert is given for it, and none is taken by default')
+    source, places = protocol.sequences(store, part.domain, part.split, symbol=symbols is not None)
+    todo += [(i, source, w) for w in places]
   scores = [Score() for _ in parts]
+  chunks = _by_expert(todo, parts, len(model.config.experts), batch_size) if balanced else [
+      todo[at:at + batch_size] for at in range(0, len(todo), batch_size)]
+  padding = empty_row(protocol.length)
+
+  def row_of(place, item):
+    if item is None:
+      return {**padding, 'domain': np.int32(place // (batch_size // max(
+          1, len(model.config.experts))) if balanced else 0)}
+    i, source, w = item
+    route = parts[i].route or 0
+    return domain_row(source[w], route, symbols[route] if symbols is not None else None)
 
   def collect(chunk, result, batch):
     nll_BL = processes.whole(result).astype(np.float64)
-    weights = batch['weights_BL']
     size = store.token_bytes_V[np.minimum(batch['targets_BL'], store.vocab_size - 1)]
-    for row, (i, _, _) in enumerate(chunk):
-      scores[i].nll += float((nll_BL[row] * weights[row]).sum())
-      scores[i].tokens += int(weights[row].sum())
-      scores[i].bytes += int((size[row] * weights[row]).sum())
+    for row, item in enumerate(chunk):
+      if item is not None:
+        one = slice(row, row + 1)
+        scores[item[0]].add(nll_BL[one], batch['weights_BL'][one], size[one])
 
-  pending = None
-  for at in range(0, len(todo), batch_size):
-    chunk = todo[at:at + batch_size]
-    rows = [domain_row(stream[w], parts[i].route,
-                       symbols[parts[i].route] if symbols is not None else None)
-            for i, stream, w in chunk]
-    batch = stack(rows + [padding] * (batch_size - len(rows)))
-    used = {n: batch[n] for n in ('tokens_BL', 'targets_BL', 'domain_B')}
-    result = token_nll(model, params, place(used))  # dispatched; read after the next one is
+  pending, done = None, 0
+  for chunk in chunks:
+    chunk = chunk + [None] * (batch_size - len(chunk))
+    batch = stack([row_of(place, item) for place, item in enumerate(chunk)])
+    used = {n: batch[n] for n in (*protocol.names, 'domain_B')}
+    result = token_nll(model, params, place(used), balanced)  # dispatched; read after the next is
     if pending:
       collect(*pending)
     pending = chunk, result, batch
+    done += sum(item is not None for item in chunk)
     if progress:
-      progress(at + len(chunk))
+      progress(done)
   collect(*pending)
   return scores
 
 
-def best_route(model: Model, params, store: TokenStore, domain: str, *, routes: int, length: int,
-               limit: int = 0, split: str = 'valid', symbols=None, batch_size: int = 32) -> int:
-  """The expert with the lowest NLL on a domain's development text: what a novel domain is given."""
-  parts = [Part(domain, split, route) for route in range(routes)]
-  scores = evaluate(model, params, store, parts, length=length, limit=limit, symbols=symbols,
-                    batch_size=batch_size)
-  return int(np.argmin([s.mean_nll for s in scores]))
+def _by_expert(todo, parts, experts: int, batch_size: int) -> list:
+  """Batches of items, None for padding, with batch_size / experts rows of each expert in turn."""
+  each = batch_size // experts
+  mine = [[item for item in todo if parts[item[0]].route == e] for e in range(experts)]
+  return [[item for items in mine for item in (
+      items[at:at + each] + [None] * (each - len(items[at:at + each])))]
+          for at in range(0, max(map(len, mine)), each)]
+
+
+def count(store: TokenStore, parts, protocol: Protocol, symbol: bool = False) -> int:
+  """How many sequences `evaluate` will score."""
+  return sum(protocol.count(store, p.domain, p.split, symbol=symbol) for p in parts)

@@ -1,78 +1,124 @@
 """The evaluation of several models on the domains of one store: what `evaluate` does."""
 
+import dataclasses
 import functools
+import io
 
 import numpy as np
 
-from demix import reference, settings
+from demix import reference
 from demix.config import digest, domain_symbols
 from demix.data.leakage import flagged
 from demix.data.store import TokenStore
 from demix.errors import BadInput
-from demix.eval import mixing, perplexity, results
+from demix.eval import mixing, perplexity, results, seen
+from demix.eval.given import find_nearest
+from demix.eval.sequences import Protocol
+from demix.eval.ways import Ways, clustered, ways
 from demix.mix import prior
 from demix.mix.mixture import MixConfig
 from demix.progress import Progress
 from demix.settings import nearest
+from demix.workdir import write_atomic
 
 
-def evaluate(models: dict, *, data: str = '', domains=(), split: str = 'test', stride: int = 0,
-             limit: int = 0, batch_size: int = 32, force: str = '', modes=(), stored=None,
-             dump: str = '', estimated=None) -> dict:
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """What is to be scored, and how.
+
+  Attributes:
+    data: token store; the first model's own if ''.
+    domains: names, of groups too; () for all that have the split.
+    split, batch_size: of the text; rows per forward pass.
+    packing, stride, limit: see sequences.Protocol; packing '': as each model was trained.
+    force: expert or <domain> symbol for domains that a model was not trained on; '' takes the one
+      with the lowest NLL on the domain's valid text.
+    ways: columns for DEMix LMs and forests; None for the given expert alone.
+    prior: file of stored priors, FILE or FILE:DOMAIN, used instead of estimating; ''.
+    dump: a file for the arrays of the one mixed model and the first way that mixes; ''.
+  """
+  data: str = ''
+  domains: tuple = ()
+  split: str = 'test'
+  batch_size: int = 32
+  packing: str = ''
+  stride: int = 0
+  limit: int = 0
+  force: str = ''
+  ways: Ways | None = None
+  prior: str = ''
+  dump: str = ''
+
+
+def evaluate(models: dict, request: Request, estimated=None) -> dict:
   """Scores models on domains.
 
   Args:
     models: {run name: model reference}.
-    data: token store; the first model's own if ''.
-    domains: names, of groups too; () for all that have the split.
-    split, stride, limit, batch_size: see perplexity.evaluate.
-    force: expert or <domain> symbol for domains that a model was not trained on; '' takes the one
-      with the lowest NLL on the domain's valid text.
-    modes: mixing.Mode columns for DEMix LMs; () for the given expert alone.
-    stored: cached priors by (domain, posterior), domain '' for any, used instead of estimating.
-    dump: a file for the arrays of the one DEMix LM and the first mode that mixes.
     estimated: a list that takes the priors (prior.Prior) that were estimated.
 
   Returns:
     The content of results.json.
 
   Raises:
-    BadInput: unknown model, domain or expert; a tokenizer that differs from a checkpoint's.
+    BadInput: unknown model, domain or expert; a tokenizer that differs from a checkpoint's; a
+      request that has no effect on any of the models.
   """
-  if stride < 0 or limit < 0 or batch_size < 1:
-    raise BadInput(f'--stride={stride} --limit={limit} --batch_size={batch_size}: at least 0, 0, 1')
+  if request.batch_size < 1:
+    raise BadInput(f'--batch_size={request.batch_size}: at least 1')
+  Protocol(1 << 30, request.packing or 'continuous', request.stride, request.limit)
   loaded = {name: reference.load(ref) for name, ref in models.items()}
-  store = TokenStore.open(data or next(iter(loaded.values())).config.data.path)
-  domains = store.leaves(domains)
+  store = TokenStore.open(request.data or next(iter(loaded.values())).config.data.path)
+  domains = store.leaves(request.domains)
   for name in domains:
-    if split not in store.splits(name):
-      raise BadInput(f'{store.path}/{name} has no {split} text')
-  domains = domains or tuple(d for d in store.domains if split in store.splits(d))
+    if request.split not in store.splits(name):
+      raise BadInput(f'{store.path}/{name} has no {request.split} text')
+  domains = domains or tuple(d for d in store.domains if request.split in store.splits(d))
   if not domains:
-    raise BadInput(f'{store.path} has no {split} text{nearest(split, ("train", "valid", "test"))}')
+    raise BadInput(f'{store.path} has no {request.split} text'
+                   f'{nearest(request.split, ("train", "valid", "test"))}')
   for name, one in loaded.items():
     check_tokenizer(name, one, store)
   mixed = [n for n, one in loaded.items() if isinstance(one, reference.LoadedForest)
-           or (modes and one.model.config.ffn == 'demix')]
-  if modes and not mixed:
-    raise BadInput(f'--mix: none of {", ".join(loaded)} is a DEMix LM or a forest: there is '
-                   'nothing to mix')
-  if dump and len(mixed) != 1:
-    raise BadInput(f'--dump: {len(mixed)} runs are mixed: name one --model, and --mix')
-  runs, rows, seen, mixtures = {}, [], set(), {}
+           or (request.ways and one.model.config.ffn == 'demix')]
+  _check_effect(request, loaded, mixed, domains)
+  runs, rows, mixtures, notes, trained = {}, [], {}, [], set()
   for name, one in loaded.items():
-    seen |= set(one.domains)
+    trained |= seen.domains_of(one, store, domains)
+    if not request.packing and len(getattr(one, 'packings', ())) > 1:
+      raise BadInput(f'run {name}: its experts were trained on text cut in several ways '
+                     f'({", ".join(one.packings)}): say how it is scored with --packing')
+    protocol = Protocol.of(one.config.data, request.packing, request.stride, request.limit)
     runs[name] = run_entry(one)
     if name in mixed:
-      more, mixtures[name] = mixed_rows(name, one, store, domains, split, modes, stride, limit,
-                                        batch_size, stored, dump, estimated)
-      rows += more
+      more, mixtures[name] = mixed_rows(name, one, store, domains, protocol, request, estimated,
+                                        notes.append)
     else:
-      rows += rows_of(name, one, store, domains, split, stride, limit, batch_size, force)
-  heldout = [d for d in domains if d not in seen]
+      more = rows_of(name, one, store, domains, protocol, request, notes.append)
+    rows += more
   seed = next(iter(loaded.values())).config.seed
-  return results.results(runs, rows, seed=seed, heldout=heldout, mixing=mixtures,
-                         leakage=leaks(loaded, store, domains, split), groups=store.groups)
+  return results.results(runs, rows, seed=seed, heldout=[d for d in domains if d not in trained],
+                         mixing=mixtures, leakage=leaks(loaded, store, domains, request.split),
+                         groups=store.groups, notes=list(dict.fromkeys(notes)))
+
+
+def _check_effect(request, loaded, mixed, domains):
+  """Raises BadInput for what is asked for and would change nothing."""
+  if request.ways and not mixed:
+    raise BadInput(f'--mix: none of {", ".join(loaded)} is a DEMix LM or a forest: there is '
+                   'nothing to mix')
+  if request.dump and len(mixed) != 1:
+    raise BadInput(f'--dump: {len(mixed)} runs are mixed: name one --model, and --mix')
+  if request.force:
+    others = [one for n, one in loaded.items() if n not in mixed and _routed(one)
+              and any(d not in one.domains for d in domains)]
+    if not others:
+      raise BadInput(f'--force={request.force} has no effect: it is for domains that a DEMix LM or '
+                     '+DomainToken LM was not trained on, scored without --mix; leave it out')
+
+
+def _routed(one) -> bool:
+  return one.model.config.ffn == 'demix' or domain_symbols(one.config) is not None
 
 
 def leaks(loaded: dict, store, domains, split: str) -> list[dict]:
@@ -106,94 +152,120 @@ def run_entry(loaded) -> dict:
           **({'unearned': loaded.unearned} if loaded.unearned else {})}
 
 
-def rows_of(name, loaded, store, domains, split, stride, limit, batch_size, force) -> list[dict]:
+# ---- a model by itself -----------------------------------------------------------------------
+
+
+def rows_of(name, loaded, store, domains, protocol: Protocol, request: Request, note) -> list[dict]:
   """One row of results.json per domain for one model."""
-  config, model = loaded.config, loaded.model
-  symbols, length = domain_symbols(config), config.data.sequence_length
-  routed = model.config.ffn == 'demix' or symbols is not None
-  if force and routed and force not in loaded.domains:
-    raise BadInput(f'--force={force}: run {name} has no such domain'
-                   f'{nearest(force, loaded.domains)}')
-  parts = []
-  for domain in domains:
-    route = 0
-    if routed:
-      if domain in loaded.domains:
-        route = loaded.domains.index(domain)
-      elif force:
-        route = loaded.domains.index(force)
-      elif 'valid' not in store.splits(domain):
-        raise BadInput(f'{store.path}/{domain} has no valid text to choose an expert by: name one '
-                       'with --force')
-      else:
-        route = perplexity.best_route(
-            model, loaded.params, store, domain, routes=len(loaded.domains), length=length,
-            limit=limit, symbols=symbols, batch_size=batch_size)
-    parts.append(perplexity.Part(domain, split, route))
-  total = perplexity.windows(store, parts, length - (symbols is not None), stride, limit)
-  with Progress(total, 'windows', f'evaluate {name}') as progress:
+  model, symbols = loaded.model, domain_symbols(loaded.config)
+  if request.force and _routed(loaded) and request.force not in loaded.domains:
+    raise BadInput(f'--force={request.force}: run {name} has no such domain'
+                   f'{nearest(request.force, loaded.domains)}')
+  parts = [perplexity.Part(d, request.split, _route(loaded, store, d, protocol, request, note))
+           for d in domains]
+  total = perplexity.count(store, parts, protocol, symbols is not None)
+  with Progress(total, 'sequences', f'evaluate {name}') as progress:
     scores = perplexity.evaluate(
-        model, loaded.params, store, parts, length=length, batch_size=batch_size, stride=stride,
-        limit=limit, symbols=symbols, progress=progress.update)
+        model, loaded.params, store, parts, protocol=protocol, batch_size=request.batch_size,
+        symbols=symbols, progress=progress.update)
   def mix(part):
     if model.config.ffn == 'demix':
       return f'expert:{loaded.domains[part.route]}'
     if loaded.expert:
       return f'expert:{loaded.expert}'
     return 'none' if symbols is None else f'token:{loaded.domains[part.route]}'
-  return [results.row(name, mix(p), p.domain, split, s) for p, s in zip(parts, scores)]
+  return [results.row(name, mix(p), p.domain, request.split, s, protocol=protocol)
+          for p, s in zip(parts, scores)]
 
 
-def mixed_rows(name, loaded, store, domains, split, modes, stride, limit, batch_size, stored, dump,
-               estimated):
-  """Rows of results.json for one model, every domain under every mode; and its entry of `mixing`:
+def _route(loaded, store, domain, protocol, request, note) -> int | None:
+  """The expert or <domain> symbol that a model is given on a domain; None if it has neither."""
+  if not _routed(loaded):
+    return None
+  given = domain if domain in loaded.domains else request.force
+  if given:
+    return loaded.domains.index(given)
+  if 'valid' not in store.splits(domain):
+    raise BadInput(f'{store.path}/{domain} has no valid text to choose an expert by: name one '
+                   'with --force')
+  found = find_nearest(loaded, store, domain, protocol, request.batch_size)
+  if warning := found.warning(domain):
+    note(warning)
+  return loaded.domains.index(found.expert)
+
+
+# ---- mixtures --------------------------------------------------------------------------------
+
+
+def mixed_rows(name, loaded, store, domains, protocol: Protocol, request: Request, estimated, note):
+  """Rows of results.json for one model, every domain under every way; and its entry of `mixing`:
   options, the priors that were estimated, the mean weights of experts."""
-  modes = modes or mixing.modes(('given',), (), MixConfig())
-  taking = mixing.Dump(loaded.members.names, domains, next(
-      (i for i, m in enumerate(modes) if not m.single), 0)) if dump else None
+  chosen = request.ways or ways(('given',), (), MixConfig())
+  modes = chosen.modes
+  taking = mixing.Dump(loaded.members.names, domains, modes, protocol) if request.dump else None
+  file, shared = prior.split_reference(request.prior) if request.prior else ('', '')
+  stored = ()
+  if file:
+    members = [n for n in loaded.members.names
+               if n in chosen.options.get('members', loaded.members.names)]
+    digests = dict(zip(loaded.members.names, loaded.member_digests))
+    stored = prior.of_experts(file, prior.load(file), members, [digests[n] for n in members])
   @functools.lru_cache(1)  # of a forest the last that were asked for stay
   def pick(names):
     part = loaded.take(names)
     return part.members, part.params
-  near = mixing.clustered(modes)
-  clusterer = loaded.clusterer(near.clusterer) if near else None
+  near = clustered(modes)
   evaluation = mixing.Evaluation(
-      loaded.members, None, loaded.member_digests, store, modes, batch_size=batch_size,
-      length=loaded.config.data.sequence_length, stored=stored, dump=taking,
-      pick=lambda names: pick(tuple(names)), clusterer=clusterer)
-  parts = [perplexity.Part(d, split, i) for i, d in enumerate(domains)]
-  total = perplexity.windows(store, parts, loaded.config.data.sequence_length, stride, limit)
+      loaded.members, None, loaded.member_digests, store, chosen, protocol,
+      batch_size=request.batch_size, stored=stored, shared=shared, dump=taking,
+      pick=lambda names: pick(tuple(names)),
+      clusterer=loaded.clusterer(near.clusterer) if near else None)
+  parts = [perplexity.Part(d, request.split, i) for i, d in enumerate(domains)]
   rows, priors, weights, done = [], [], {}, 0
-  with Progress(total, 'windows', f'evaluate {name}, mixed') as progress:
-    def count(windows):
+  with Progress(perplexity.count(store, parts, protocol), 'sequences',
+                f'evaluate {name}, mixed') as progress:
+    def count(sequences):
       nonlocal done
-      done += windows
+      done += sequences
       progress.update(done)
     for part in parts:
-      found = evaluation.run(part, loaded.given(part.domain), stride=stride, limit=limit,
-                             progress=count)
+      found = evaluation.run(part, loaded.given(part.domain), progress=count)
       for mode, score, single, mass in zip(modes, found.scores, found.members, found.weights):
         mix = f'expert:{single}' if single else 'ensemble'
-        rows.append(results.row(name, mix, part.domain, split, score, mode.prior, mode.posterior))
-        if not single:
+        rows.append(results.row(name, mix, part.domain, request.split, score, mode.prior,
+                                mode.posterior, protocol=protocol))
+        if not single and mass:
           key = ' '.join(filter(None, (mode.prior, mode.posterior)))
           weights.setdefault(key, {})[part.domain] = mass
+      if found.nearest and (warning := found.nearest.warning(part.domain)):
+        note(f'{name}: {warning}')
       priors += found.priors.values()
   if estimated is not None:
     estimated += priors
   if taking:
-    with open(dump, 'wb') as f:
-      np.savez(f, **taking.arrays())
+    write_dump(request.dump, taking.arrays())
   order = {mode: i for i, mode in enumerate(dict.fromkeys((m.prior, m.posterior) for m in modes))}
   rows.sort(key=lambda r: order[r['prior'], r['posterior']])
-  one, usual = settings.flatten(near or modes[0].config), settings.flatten(MixConfig())
-  unusual = {k: v for k, v in one.items() if v != usual[k] and k not in ('prior', 'posterior')}
-  return rows, {'options': one, 'unusual': unusual, 'mean_weights': weights,
+  return rows, {'options': chosen.options, 'read_by': chosen.read_by, 'mean_weights': weights,
                 'priors': [prior.entry(p) for p in priors]}
 
 
-def report(content: dict) -> str:
-  """Both tables and the ledger, for a terminal."""
-  parts = [results.table(content, 'perplexity'), results.table(content, 'bits_per_byte'),
-           results.priors(content), results.ledger(content)]
-  return '\n\n'.join(filter(None, parts))
+def write_dump(path, arrays: dict):
+  """Writes the arrays of a Dump, whole or not at all. BadInput: it cannot be written there."""
+  buffer = io.BytesIO()
+  np.savez(buffer, **arrays)
+  try:
+    write_atomic(path, buffer.getvalue())
+  except OSError as e:
+    raise BadInput(f'{path}: cannot be written ({e.strerror}); name another file') from None
+
+
+TABLES = ('perplexity', 'bits_per_byte', 'priors', 'ledger')
+
+
+def report(content: dict, tables=TABLES[:1]) -> str:
+  """Tables for a terminal: those named, out of TABLES; what must be known of them stands below."""
+  made = {'priors': results.priors, 'ledger': results.ledger}
+  parts = [made[name](content) if name in made else results.table(content, name)
+           for name in tables]
+  return '\n\n'.join(filter(None, [*parts, results.remarks(content)]))

@@ -9,22 +9,26 @@ import orjson
 from demix.errors import BadInput
 from demix.workdir import write_atomic
 
-VERSION = 1
+VERSION = 2  # 1 had no `protocol`, `n` and `notes`; nll, perplexity, bits_per_byte were never null
 _WIDTH = 120  # characters of a table
 
 
-def row(run: str, mix: str, domain: str, split: str, score, prior=None, posterior=None) -> dict:
-  """One row of results.json from a perplexity.Score."""
+def row(run: str, mix: str, domain: str, split: str, score, prior=None, posterior=None, *,
+        protocol='') -> dict:
+  """One row of results.json from a perplexity.Score; numbers are null where nothing was scored."""
   return {'run': run, 'mix': mix, 'prior': prior, 'posterior': posterior, 'domain': domain,
           'split': split, 'nll': score.mean_nll, 'perplexity': score.perplexity,
-          'bits_per_byte': score.bits_per_byte, 'tokens': score.tokens, 'bytes': score.bytes}
+          'bits_per_byte': score.bits_per_byte, 'tokens': score.tokens, 'bytes': score.bytes,
+          'n': len(score.each), 'protocol': str(protocol),
+          'limit': getattr(protocol, 'limit', 0)}
 
 
 def results(runs: dict, rows: list, *, seed: int, heldout, mixing: dict | None = None,
-            leakage=(), groups: dict | None = None) -> dict:
+            leakage=(), groups: dict | None = None, notes=()) -> dict:
   """The whole of results.json; `mixing` ({run: options, priors, weights}) where runs were mixed,
   `leakage` ([{run, domain, train, runs, documents}]) where evaluation text stands in train text,
-  `groups` ({group: leaves}) where domains have parents."""
+  `groups` ({group: leaves}) where domains have parents, `notes` (lines) where a choice hangs on
+  little."""
   import flax
   import grain
   import jax
@@ -37,6 +41,7 @@ def results(runs: dict, rows: list, *, seed: int, heldout, mixing: dict | None =
   return {'version': VERSION, 'runs': runs, 'rows': rows, 'seed': seed, 'heldout': list(heldout),
           'versions': versions} | ({'mixing': mixing} if mixing else {}) | (
               {'leakage': list(leakage)} if leakage else {}) | (
+              {'notes': list(notes)} if notes else {}) | (
               {'groups': summed} if (summed := group_rows(rows, groups or {})) else {})
 
 
@@ -52,12 +57,14 @@ def group_rows(rows: list, groups: dict) -> list:
         continue
       found = [cells[leaf] for leaf in leaves]
       tokens, size = (sum(r[k] for r in found) for k in ('tokens', 'bytes'))
-      nats = math.fsum(r['nll'] * r['tokens'] for r in found)
-      out.append({k: found[0][k] for k in ('run', 'prior', 'posterior', 'split')} | {
+      nats = math.fsum(r['nll'] * r['tokens'] for r in found if r['tokens'])
+      out.append({k: found[0][k] for k in ('run', 'prior', 'posterior', 'split', 'protocol',
+                                           'limit')} | {
           'mix': _joint_mix([r['mix'] for r in found]),
-          'domain': group, 'leaves': list(leaves), 'nll': nats / max(1, tokens),
-          'perplexity': math.exp(min(nats / max(1, tokens), 700.0)),
-          'bits_per_byte': nats / math.log(2) / max(1, size), 'tokens': tokens, 'bytes': size})
+          'domain': group, 'leaves': list(leaves), 'nll': nats / tokens if tokens else None,
+          'perplexity': math.exp(min(nats / tokens, 700.0)) if tokens else None,
+          'bits_per_byte': nats / math.log(2) / size if size else None, 'tokens': tokens,
+          'bytes': size, 'n': sum(r['n'] for r in found)})
   return out
 
 
@@ -85,7 +92,7 @@ def column(row: dict) -> tuple[str, ...]:
 
 def table(content: dict, measure: str = 'perplexity') -> str:
   """Domains × runs (and ways of mixing) for one measure; then arithmetic and geometric means and
-  the sign count.
+  the sign count. What a mark or a missing number means: `remarks`.
 
   Means are over the domains that are not held out; the first column is what signs are counted
   against (a win is a lower value). A held-out domain stands below, outside the means, and so do
@@ -98,60 +105,110 @@ def table(content: dict, measure: str = 'perplexity') -> str:
   cell = {(r['domain'], column(r)): r for r in rows + groups}
   domains = list(dict.fromkeys(r['domain'] for r in rows))
   seen = [d for d in domains if d not in heldout]
-  mixed = any(r.get('prior') for r in rows)
-  heads = columns if mixed else [c[:1] for c in columns]
+  mixed, marks = is_mixed(rows), marked(content)
+  heads = [(c[0] + marks.get(c[0], ''), *c[1:]) for c in columns]
+  heads = heads if mixed else [h[:1] for h in heads]
   levels = 3 if mixed and any(c[2] for c in columns) else len(heads[0]) - mixed
-  notes = []
   lines = [[measure.replace('_', ' ') if i == 0 else '', *(h[i] for h in heads)]
            for i in range(levels)]
+  leaks = {e['domain'] for e in content.get('leakage', ())}
+
+  def value(domain, col):
+    found = cell.get((domain, col))
+    return found and found[measure]
 
   def values(col, names):
-    return [cell[d, col][measure] for d in names if (d, col) in cell]
-
-  leaks = {}
-  for e in content.get('leakage', ()):
-    leaks.setdefault(e['domain'], {})[e['train']] = e['runs']
+    return [v for d in names if (v := value(d, col)) is not None]
 
   def show(domain):
     out = [domain + ('*' if domain in leaks else '') + (' (held out)' if domain in heldout else '')]
     for col in columns:
-      found = cell.get((domain, col))
-      out.append(f'{found[measure]:.3f}{note(found)}' if found else '-')
+      number = value(domain, col)
+      other = '' if mixed or number is None else given_to(cell[domain, col])
+      out.append('-' if number is None else f'{number:.3f}{f" [{other}]" if other else ""}')
     return out
 
-  def note(row):
-    given = row['mix'].partition(':')[2]  # expert:legal, token:legal
-    if not given or given == row['domain'] or 'leaves' in row:
-      return ''
-    if not mixed:
-      return f' [{given}]'
-    notes.append(f'{row["domain"]}: {" ".join(filter(None, column(row)))} is {given}')
-    return ''  # below the table: it has many columns
+  def mean(name, of):
+    return [name] + [f'{of(v):.3f}' if (v := values(c, seen)) else '-' for c in columns]
 
   lines += [show(d) for d in seen]
-  lines.append(['arithmetic mean'] + [f'{sum(v) / len(v):.3f}' if (v := values(c, seen)) else '-'
-                                      for c in columns])
-  lines.append(['geometric mean'] + [
-      f'{math.exp(sum(map(math.log, v)) / len(v)):.3f}' if (v := values(c, seen)) else '-'
-      for c in columns])
+  lines.append(mean('arithmetic mean', lambda v: sum(v) / len(v)))
+  lines.append(mean('geometric mean', lambda v: math.exp(sum(map(math.log, v)) / len(v))))
   base = columns[0]
   signs = [f'lower than {" ".join(filter(None, base if mixed else base[:1]))}', '']
   for col in columns[1:]:
-    pairs = [(cell[d, col][measure], cell[d, base][measure]) for d in seen
-             if (d, col) in cell and (d, base) in cell]
+    pairs = [(a, b) for d in seen
+             if None not in (pair := (value(d, col), value(d, base))) for a, b in [pair]]
     signs.append(f'{sum(a < b for a, b in pairs)} of {len(pairs)}')
   if len(columns) > 1:
     lines.append(signs)
   lines += [show(d) for d in domains if d in heldout]
   lines += [[f'group {line[0]}', *line[1:]] for g in dict.fromkeys(r['domain'] for r in groups)
             if (line := show(g))]
+  return '\n\n'.join(layout(part, levels) for part in panels(lines, columns))
+
+
+def is_mixed(rows) -> bool:
+  """Whether a table has columns for ways of mixing."""
+  return any(r.get('prior') for r in rows)
+
+
+def given_to(row: dict) -> str:
+  """The expert or symbol that a row was scored with, where it is not the domain's own; ''."""
+  given = row['mix'].partition(':')[2]  # expert:legal, token:legal
+  return '' if given == row['domain'] or 'leaves' in row else given
+
+
+def marked(content: dict) -> dict:
+  """{run: mark} of the runs that were scored by another protocol than the first."""
+  protocols = {r['run']: r.get('protocol', '') for r in content['rows']}
+  kinds = list(dict.fromkeys(protocols.values()))
+  return {run: '†' * kinds.index(p) for run, p in protocols.items() if kinds.index(p)}
+
+
+def remarks(content: dict) -> str:
+  """What must be known to read the tables, each once: marks, experts that were chosen, protocols,
+  samples, what was not scored."""
+  rows, mixed, out = content['rows'], is_mixed(content['rows']), []
+  if mixed:  # else it stands in the table
+    chosen = {}
+    for r in rows:
+      if given := given_to(r):
+        chosen.setdefault((r['domain'], given), []).append(' '.join(filter(None, column(r))))
+    out += [f'{domain}: {", ".join(who)} is {given}' for (domain, given), who in chosen.items()]
+  marks, protocols = marked(content), {r['run']: r.get('protocol', '') for r in rows}
+  if marks:
+    first = next(iter(protocols.values()))
+    out += [f'{mark} {", ".join(r for r in marks if marks[r] == mark)}: text cut as '
+            f'{next(protocols[r] for r in marks if marks[r] == mark)}, the others as {first}: two '
+            'protocols, not to be compared (--packing=… scores all in one way)'
+            for mark in dict.fromkeys(marks.values())]
+  limits = {r.get('limit', 0) for r in rows} - {0}
+  if limits:
+    sizes = sorted({r['n'] for r in rows})
+    counts = f'{sizes[0]} to {sizes[-1]}' if len(sizes) > 1 else str(sizes[0])
+    out.append(f'{counts} sequences a domain, a fixed sample of the {rows[0]["split"]} text '
+               f'(--limit={", ".join(map(str, limits))})')
+  empty = {}
+  for r in rows:
+    if not r['tokens']:
+      empty.setdefault(r['domain'], r['n'])
+  out += [f'- {d}: no token of its {n} sequences is scored (prompts only)'
+          for d, n in empty.items()]
+  leaks = {}
+  for e in content.get('leakage', ()):
+    leaks.setdefault(e['domain'], {})[e['train']] = e['runs']
   for domain, trains in leaks.items():
     most = ', '.join(f'{x:.1%} in {t}' for t, x in sorted(trains.items(), key=lambda i: -i[1])[:3])
-    notes.append(f'* {domain}: of its runs of 13 words stand in text trained on: {most}')
+    out.append(f'* {domain}: of its runs of 13 words stand in text trained on: {most}')
   for run, entry in content['runs'].items():
-    notes += [f'{run}: expert {e} did not beat its parent when it was added (or was not compared)'
-              for e in entry.get('unearned', ())]
-  return '\n'.join(['\n\n'.join(layout(part, levels) for part in panels(lines, columns)), *notes])
+    out += [f'{run}: expert {e} did not beat its parent when it was added (or was not compared)'
+            for e in entry.get('unearned', ())]
+  for run, mixing in content.get('mixing', {}).items():
+    if mixing['options']:
+      out.append(f'{run} is mixed with ' + '; '.join(
+          f'{k}={v} ({", ".join(mixing["read_by"][k])})' for k, v in mixing['options'].items()))
+  return '\n'.join([*out, *content.get('notes', ())])
 
 
 def panels(lines: list[list[str]], columns: list[tuple]) -> list[list[list[str]]]:
@@ -168,12 +225,9 @@ def panels(lines: list[list[str]], columns: list[tuple]) -> list[list[list[str]]
 
 
 def priors(content: dict) -> str:
-  """The cached priors, by expert name: one line a domain and posterior; and what is not usual."""
+  """The cached priors, by expert name: one line a domain and posterior."""
   out = []
   for run, mixing in content.get('mixing', {}).items():
-    if mixing['unusual']:
-      out.append(f'{run} is mixed with ' + ', '.join(f'{k}={v}' for k, v in
-                                                     mixing['unusual'].items()))
     if not mixing['priors']:
       continue
     names = list(mixing['priors'][0]['weights'])

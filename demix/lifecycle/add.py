@@ -12,6 +12,7 @@ from demix.config import NEAREST, data_fingerprint
 from demix.data.store import TokenStore
 from demix.errors import BadInput, Refused
 from demix.eval import perplexity
+from demix.eval.sequences import Protocol
 from demix.lifecycle.workdirs import (
   Saved,
   check_free,
@@ -148,8 +149,8 @@ def measure(before: Saved, run: Saved, old: dict, new: dict, parent: str, store:
     limit: sequences; 0: all.
 
   Returns:
-    {'split', 'limit', 'tokens', 'parent_nll', 'nll', 'gain' (nats per token), 'passed'}; None where
-    the domain has no valid text.
+    {'split', 'limit', 'tokens', 'protocol', 'parent_nll', 'nll', 'gain' (nats per token),
+    'passed'}; None where the domain has no valid text of which a token is scored.
   """
   if 'valid' not in store.splits(domain):
     return None
@@ -157,18 +158,19 @@ def measure(before: Saved, run: Saved, old: dict, new: dict, parent: str, store:
   model = Model(config.model, config.execution, config.train.compute_dtype)
   params = {n.removeprefix('params/'): x for n, x in new.items() if n.startswith('params/')}
   expert = leaves_of(before.digests(), parent)
-  scores = []
+  protocol, scores = Protocol.of(config.data, limit=limit), []
   for flat in ({n: old[f'params/{expert.get(n, n)}'] for n in params}, params):
     scores += perplexity.evaluate(model, model.running(flat), store,
-                                  [perplexity.Part(domain, 'valid')],
-                                  length=config.data.sequence_length, limit=limit)
+                                  [perplexity.Part(domain, 'valid')], protocol=protocol)
+  if not scores[1].tokens:  # prompts only, in as much of it as was read
+    return None
   was, now = (score.mean_nll for score in scores)
-  return {'split': 'valid', 'limit': limit, 'tokens': scores[1].tokens, 'parent_nll': was,
-          'nll': now, 'gain': was - now, 'passed': now < was}
+  return {'split': 'valid', 'limit': limit, 'tokens': scores[1].tokens, 'protocol': str(protocol),
+          'parent_nll': was, 'nll': now, 'gain': was - now, 'passed': now < was}
 
 
 def _gate_line(gate, parent, expert, domain) -> str:
   if not gate:
-    return f'gate        {domain} has no valid text'
+    return f'gate        not compared: {domain} has no valid text of which a token is scored'
   return (f'gate        {domain} valid: {gate["parent_nll"]:.4f} nats by {parent}, '
           f'{gate["nll"]:.4f} by {expert} (gain {gate["gain"]:.4f}, {gate["tokens"]} tokens)')

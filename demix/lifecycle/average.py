@@ -15,7 +15,10 @@ from demix import checkpoint, reference, settings
 from demix.config import Config, InitConfig
 from demix.data.store import TokenStore
 from demix.errors import BadInput, Refused
-from demix.eval import mixing, perplexity
+from demix.eval import mixing
+from demix.eval.given import score_given
+from demix.eval.sequences import Protocol
+from demix.eval.ways import Mode, Ways
 from demix.forest import lineage
 from demix.leaves import Later, in_order
 from demix.lifecycle.workdirs import Saved, check_free, with_domains, with_entry, write
@@ -24,6 +27,7 @@ from demix.mix.members import WholeMembers
 from demix.mix.mixture import MixConfig
 from demix.params import Model
 from demix.progress import Progress
+from demix.settings import nearest
 
 HOW = ('uniform', 'posterior', 'argmax')
 _GROUP = 1 << 26  # bytes of leaves that are read at once: a read has a cost of its own
@@ -39,8 +43,9 @@ def parents_of(models: dict, least: int = 2) -> dict:
   for name, text in models.items():
     ref = reference.parse(text)
     found = {name: text}
-    if ref.forest and not ref.expert:
-      found = {n: f'{text}#{n}' for n in reference.load_forest(ref.workdir).names}
+    if ref.forest and not ref.expert:  # a DEMix LM of it is one, by its name
+      names = [n.partition('/')[0] for n in reference.load_forest(ref.workdir).names]
+      found = {n: f'{text}#{n}' for n in dict.fromkeys(names)}
     for each, reference_text in found.items():
       if each in out:
         raise BadInput(f'two models are named {each!r}: write OTHER={reference_text}')
@@ -74,7 +79,8 @@ def check(parents: dict, unrelated: bool) -> set:
 
   for name, saved in others:
     pairs = [('tokenizer', saved.meta['tokenizer'], base.meta['tokenizer'])]
-    theirs, ours = (dataclasses.asdict(s.config.model) for s in (saved, base))
+    theirs, ours = (dataclasses.asdict(s.config.model) | {'experts': sorted(s.experts)}
+                    for s in (saved, base))  # leaves have their names, whatever their order
     pairs += [(f'model.{k}', theirs[k], ours[k]) for k in ours]
     mine, wanted = shapes(saved), shapes(base)
     pairs += [(n, mine.get(n, 'missing'), wanted.get(n, 'missing'))
@@ -90,15 +96,28 @@ def check(parents: dict, unrelated: bool) -> set:
 
 
 def posterior(parents: dict, store: TokenStore, domain: str, config: MixConfig):
-  """The cached prior (prior.Prior) of the parents on a domain's valid text."""
+  """The cached prior (prior.Prior) of the parents on a domain's valid text. Of DEMix LMs the expert
+  of that domain says how well they fit.
+
+  Raises:
+    BadInput: DEMix LMs without an expert of the domain, or +DomainToken LMs.
+  """
   first = next(iter(parents.values())).config
-  params = reference.stacked([f'{s.workdir}@{s.step}' for s in parents.values()])
-  model = Model(first.model, first.execution, first.train.compute_dtype)
+  if first.data.domain_token:
+    raise BadInput('--weights=posterior of +DomainToken LMs: a posterior would not give them their '
+                   'symbol; give numbers')
+  expert = domain if first.model.ffn == 'demix' else None
+  if expert and expert not in first.model.experts:
+    raise BadInput(f'--domain={domain}: the DEMix LMs have no such expert'
+                   f'{nearest(domain, first.model.experts)}')
+  params = reference.stacked([(s.workdir, s.step, expert) for s in parents.values()])
+  model = Model(reference.dense_of(first.model), first.execution, first.train.compute_dtype)
+  ways = Ways.of((Mode('cached', config),), config)
   evaluation = mixing.Evaluation(
       WholeMembers(model, tuple(parents)), params,
-      [s.meta['content_digest'] for s in parents.values()], store,
-      (mixing.Mode('cached', config),), length=first.data.sequence_length)
-  return evaluation.estimate(domain)[config.posterior]
+      [reference.digest_of_member(s.meta, expert) for s in parents.values()], store, ways,
+      Protocol.of(first.data))
+  return evaluation.estimate(domain).priors[config.posterior]
 
 
 def merge(models: dict, workdir: str, *, weights='uniform', domain: str = '', data: str = '',
@@ -230,21 +249,28 @@ def guarded(parents: dict, state: dict, store: TokenStore, domains) -> dict:
   Raises:
     BadInput: a domain without valid text. Refused: the result is worse than its best parent.
   """
-  parts = [perplexity.Part(d, 'valid') for d in domains]
-  for part in parts:
-    if 'valid' not in store.splits(part.domain):
-      raise BadInput(f'--guard={part.domain}: {store.path} has no valid text of it')
+  for domain in domains:
+    if 'valid' not in store.splits(domain):
+      raise BadInput(f'--guard={domain}: {store.path} has no valid text of it')
   config = next(iter(parents.values())).config
   model = Model(config.model, config.execution, config.train.compute_dtype)
-  def score(params):
-    return perplexity.evaluate(model, params, store, parts, length=config.data.sequence_length)
+  def score(model, params, config=config):
+    return score_given(config, model, params, store, domains, 'valid', Protocol.of(config.data))
   params = model.running({n.removeprefix('params/'): jax.numpy.asarray(x.make())
                           for n, x in state.items() if n.startswith('params/')})
-  found = {'': score(params)}
+  found = {'': score(model, params)}
   for name, saved in parents.items():
-    found[name] = score(reference.load(f'{saved.workdir}@{saved.step}').params)
+    one = reference.load_at(saved.workdir, saved.step)
+    # The text is cut as for the result; experts stand in the order of their own LM.
+    own = dataclasses.replace(config, model=one.config.model, data=dataclasses.replace(
+        config.data, domains=one.config.data.domains))
+    found[name] = score(one.model, one.params, own)
   out = {d: {name: scores[i].mean_nll for name, scores in found.items()}
          for i, d in enumerate(domains)}
+  for d, nll in out.items():
+    if nll[''] is None:
+      raise BadInput(f'--guard={d}: no token of its valid text is scored, it holds prompts only: '
+                     'name another domain')
   worse = []
   for d, nll in out.items():
     best = min((n for n in nll if n), key=nll.get)

@@ -15,13 +15,13 @@ from demix import catalogue, checkpoint, reference, settings
 from demix.config import Config
 from demix.data.store import TokenStore
 from demix.errors import BadInput, DemixError, Refused
-from demix.eval import perplexity
+from demix.eval.given import score_given
+from demix.eval.sequences import Protocol
 from demix.forest import lineage, manifest, plan
 from demix.forest.manifest import SEED
 from demix.lifecycle.average import groups
 from demix.lifecycle.forests import state_of
 from demix.lifecycle.workdirs import Saved
-from demix.params import Model
 from demix.settings import nearest
 
 
@@ -250,38 +250,40 @@ def measure(saved: Saved, origin: list, data: str, limit: int) -> dict | None:
   from; of several parents the best counts.
 
   Returns:
-    {'split', 'limit', 'tokens', 'parent_nll', 'nll', 'gain' (nats per token), 'passed'}; None where
-    there is nothing to compare with: no parent, no text, or no store at that place.
+    {'split', 'limit', 'tokens', 'protocol', 'parent_nll', 'nll', 'gain' (nats per token),
+    'passed'}; None where there is nothing to compare with: no parent, no text of which a token is
+    scored, or no store at that place.
   """
   path = data or saved.config.data.path
   if not origin or (not data and not Path(path).is_dir()):
     return None
   store = TokenStore.open(path, saved.meta['domains'])
-  parts = [perplexity.Part(d, 'valid') for d in saved.meta['domains']
-           if d in store.domains and 'valid' in store.splits(d)]
+  domains = [d for d in saved.meta['domains']
+             if d in store.domains and 'valid' in store.splits(d)]
   if store.tokenizer_meta['fingerprint'] != saved.meta['tokenizer']:
     raise BadInput(f'{path}: another tokenizer than that of {saved.workdir}: give its store with '
                    '--data')
-  if not parts:
+  if not domains:
     return None
+  protocol = Protocol.of(saved.config.data, limit=limit)  # of both: how the expert was trained
   def nats(one: Saved) -> tuple[float, int]:
-    config = one.config
-    model = Model(config.model, config.execution, config.train.compute_dtype)
-    params = reference.load(f'{one.workdir}@{one.step}').params
-    scores = perplexity.evaluate(model, params, store, parts, limit=limit,
-                                 length=saved.config.data.sequence_length)
-    tokens = sum(s.tokens for s in scores)
-    return sum(s.nll for s in scores) / tokens, tokens
-  was = min(nats(one)[0] for one in origin)
-  now, tokens = nats(saved)
-  return {'split': 'valid', 'limit': limit, 'tokens': tokens, 'parent_nll': was, 'nll': now,
-          'gain': was - now, 'passed': now < was}
+    loaded = reference.load_at(one.workdir, one.step)
+    scores = score_given(one.config, loaded.model, loaded.params, store, domains, 'valid', protocol,
+                         at_best=True)
+    return sum(s.nll for s in scores), sum(s.tokens for s in scores)
+  lost, tokens = nats(saved)
+  if not tokens:  # prompts only, in as much of it as was read
+    return None
+  was, now = min(nats(one)[0] for one in origin) / tokens, lost / tokens
+  return {'split': 'valid', 'limit': limit, 'tokens': tokens, 'protocol': str(protocol),
+          'parent_nll': was, 'nll': now, 'gain': was - now, 'passed': now < was}
 
 
 def gate_line(name: str, gate: dict | None) -> str:
   """The result of a gate, for people."""
   if not gate:
-    return f'gate        {name}: not compared with a parent'
+    return (f'gate        {name}: not compared: no parent, or no valid text of which a token is '
+            'scored (more of it with --limit, another store with --data)')
   flag = '' if gate['passed'] else '; FLAGGED'
   return (f'gate        {name}: {gate["parent_nll"]:.4f} nats by its parent, {gate["nll"]:.4f} by '
           f'itself (gain {gate["gain"]:.4f}, {gate["tokens"]} tokens){flag}')

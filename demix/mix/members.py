@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from demix import loss
+from demix.errors import BadInput
 from demix.params import Model
 
 
@@ -148,10 +149,16 @@ class WholeMembers:
   axis E.
 
   Attributes:
-    model: of each. names: E names, in the order of every axis E.
+    model: of each, dense: a DEMix LM is as many members as it has experts, each taken out.
+    names: E names, in the order of every axis E.
   """
   model: Model
   names: tuple
+
+  def __post_init__(self):
+    if self.model.config.ffn == 'demix':
+      raise BadInput(f'{", ".join(self.names)}: DEMix LMs are no members by themselves, their '
+                     'experts are: name one of each as W#EXPERT')
 
   @property
   def context(self) -> int:

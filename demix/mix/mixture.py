@@ -15,8 +15,24 @@ from demix.errors import BadInput
 from demix.mix import combine, evidence, gate, prior
 from demix.settings import nearest, option
 
-OF_CLUSTERS = ('clusterer', 'kernel', 'kernel_temperature', 'kernel_tokens')
 PRIORS = ('none', 'uniform', 'updating', 'cached', 'fixed')
+
+# What reads each option, in words and as a test of the config: set without that, it is refused.
+_PREFIX = 'an option of posterior=prefix', lambda c: c.prior != 'none' and c.posterior == 'prefix'
+_CLUSTERS = 'an option of posterior=clusters', lambda c: c.posterior == 'clusters'
+_GATE = 'a simple average has no gate', lambda c: c.prior != 'none'
+_MOVES = 'an option of priors updating and cached', lambda c: c.prior in ('updating', 'cached')
+WHEN = {
+    'window': _PREFIX, 'decay': _PREFIX,
+    'clusterer': _CLUSTERS, 'kernel': _CLUSTERS, 'kernel_temperature': _CLUSTERS,
+    'kernel_tokens': _CLUSTERS,
+    'temperature': _GATE, 'weights_k': _GATE, 'experts_k': _GATE,
+    'order': ('it orders softmax and weights_k', lambda c: c.prior != 'none' and c.weights_k > 0),
+    'renormalise': ('an option of order=softmax_topk with weights_k', lambda c: (
+        c.prior != 'none' and c.weights_k > 0 and c.order == 'softmax_topk')),
+    'alpha': _MOVES, 'blocks_per_update': _MOVES,
+    'blocks': ('an option of prior=cached', lambda c: c.prior == 'cached'),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,13 +84,6 @@ class MixConfig:
     if not self.kernel_temperature > 0:
       raise BadInput(f'mix.kernel_temperature={self.kernel_temperature} is not above 0: the '
                      'nearest cluster alone is mix.weights_k=1')
-    if self.posterior in ('last_token', 'clusters') and (self.window or self.decay != 1):
-      raise BadInput(f'mix.posterior={self.posterior} with window={self.window}, decay='
-                     f'{self.decay}: these are options of prefix')
-    changed = [k for k in OF_CLUSTERS if getattr(self, k) != getattr(type(self), k)]
-    if changed and self.posterior != 'clusters':
-      raise BadInput(f'mix.{changed[0]}={getattr(self, changed[0])} with mix.posterior='
-                     f'{self.posterior}: an option of clusters')
     if self.posterior == 'clusters' and self.prior in ('none', 'updating', 'cached'):
       raise BadInput(f'mix.prior={self.prior} with mix.posterior=clusters: a prior moves by '
                      'likelihoods, clusters look at the words; choose uniform or fixed')
@@ -84,6 +93,18 @@ class MixConfig:
     if bool(self.weights) != (self.prior == 'fixed'):
       raise BadInput(f'mix.prior={self.prior} with {len(self.weights)} mix.weights: prior=fixed '
                      'needs them, no other prior reads them')
+    for name in self.idle():
+      raise BadInput(f'mix.{name}={getattr(self, name)} has no effect with mix.prior={self.prior}, '
+                     f'mix.posterior={self.posterior}: {WHEN[name][0]}; leave it out')
+
+  def idle(self) -> list[str]:
+    """Names of fields that are set, and that nothing reads with these priors and evidence."""
+    return [name for name, (_, used) in WHEN.items()
+            if getattr(self, name) != getattr(type(self), name) and not used(self)]
+
+  def effective(self) -> 'MixConfig':
+    """The config without what is idle, each at its default."""
+    return dataclasses.replace(self, **{name: getattr(type(self), name) for name in self.idle()})
 
   @property
   def fixed(self) -> bool:
@@ -141,13 +162,20 @@ def gated(config: MixConfig, scores):
                           order=config.order, renormalise=config.renormalise)
 
 
-def moving_prior(config: MixConfig, loglik_EBL, full_B, state):
-  """Priors of blocks that are read in order; see prior.moving. Evidence is what precedes the last
-  position of a block. The posterior is the whole one: a member that `weights_k` cuts off at a token
-  would have no prior ever after."""
+def moving_prior(config: MixConfig, loglik_EBL, full_B, state, segments_BL=None):
+  """Priors of blocks that are read in order; see prior.moving.
+
+  Evidence is what precedes the last position of a block. Of a block of several documents it is all
+  of them together, up to the last token: they are of one domain, and the last may be short. The
+  posterior is the whole one: a member that `weights_k` cuts off at a token could never recover.
+  """
   last = dict(decay=config.decay, window=config.window) if config.posterior == 'prefix' else dict(
       window=1)
-  last_EB = evidence.preceding(loglik_EBL, **last)[..., -1]
+  before_EBL = evidence.preceding(loglik_EBL, **last)
+  last_EB = before_EBL[..., -1]
+  if segments_BL is not None:
+    end_B = jnp.maximum((segments_BL > 0).sum(1) - 1, 0)
+    last_EB = jnp.take_along_axis(before_EBL, end_B[None, :, None], 2)[..., 0]
   whole = functools.partial(gate.log_weights, temperature=config.temperature)
   return prior.moving(whole, last_EB, full_B, state, alpha=config.alpha,
                       group=config.blocks_per_update)
@@ -172,7 +200,8 @@ def scored(members, config: MixConfig, params, routes_K, batch, log_prior_KB, fu
   mixes_logits = config.combine == 'logits'
   nll_KBL, hidden_KBLD = members.score(params, batch, routes_K, hidden=mixes_logits)
   if config.prior == 'updating':
-    log_prior_KB, _ = moving_prior(config, -nll_KBL, full_B, (log_prior_KB[:, 0], jnp.int32(0)))
+    log_prior_KB, _ = moving_prior(config, -nll_KBL, full_B, (log_prior_KB[:, 0], jnp.int32(0)),
+                                   segments)
   weights = log_weights(config, -nll_KBL, log_prior_KB, segments, batch.get('distances_KBL'))
   if mixes_logits:
     logp = mixed_logits(members, params, routes_K, hidden_KBLD, weights, batch['targets_BL'])

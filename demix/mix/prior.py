@@ -9,6 +9,7 @@ that was hopeless for one block can come back.
 
 import dataclasses
 import math
+import os
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +95,7 @@ class Prior:
       order; block_length: tokens of each.
     domain, split, text: whose text; its fingerprint.
     nll: nats per token of each expert alone on that text.
+    packing: how it was cut, as in data.packing.
   """
   experts: tuple
   digests: tuple
@@ -108,6 +110,7 @@ class Prior:
   split: str
   text: str
   nll: tuple
+  packing: str = 'continuous'
 
   @property
   def weights(self) -> dict:
@@ -115,15 +118,21 @@ class Prior:
     return {name: math.exp(w) for name, w in zip(self.experts, self.log_weights)}
 
   def log_prior(self, names, digests) -> np.ndarray:
-    """log prior [E]. Refused: it was estimated for other experts."""
-    if tuple(self.experts) != tuple(names):
+    """log prior [E], in the order of `names`. Refused: it was estimated for other experts."""
+    if set(self.experts) != set(names):
       raise Refused(f'prior of {self.domain} is for the experts {", ".join(self.experts)}; this '
                     f'model mixes {", ".join(names)}: estimate it again')
-    for name, was, now in zip(names, self.digests, digests):
-      if was != now:
+    known = dict(zip(self.experts, self.digests))
+    for name, now in zip(names, digests):
+      if (was := known[name]) != now:
         raise Refused(f'prior of {self.domain} was estimated when expert {name} had content digest '
                       f'{was}; it has {now}: estimate it again')
-    return np.asarray(self.log_weights, np.float32)
+    weights = dict(zip(self.experts, self.log_weights))
+    return np.asarray([weights[n] for n in names], np.float32)
+
+  def fits(self, names, digests) -> bool:
+    """Whether it was estimated for these experts, by name and content."""
+    return dict(zip(self.experts, self.digests)) == dict(zip(names, digests))
 
 
 def entry(stored: Prior) -> dict:
@@ -156,12 +165,39 @@ def load(path) -> list[Prior]:
     raise BadInput(f'{path}: not a file of priors ({e})') from None
 
 
-def find(path, domain: str = '', posterior: str = '') -> Prior:
-  """The stored prior of a domain. BadInput: there is none, or several fit; all are named."""
-  found = [p for p in load(path) if (not domain or p.domain == domain)
+def split_reference(text: str) -> tuple[str, str]:
+  """FILE or FILE:DOMAIN → (file, domain); what exists is a file, whatever is in its name."""
+  file, colon, domain = text.rpartition(':')
+  return (file, domain) if colon and not os.path.isfile(text) else (text, '')
+
+
+def of_experts(path, priors, names, digests) -> list[Prior]:
+  """Those of the priors in a file that were estimated for these experts, by name and content.
+
+  Raises:
+    Refused: there are none; what differs is said.
+  """
+  found = [p for p in priors if p.fits(names, digests)]
+  if not found:
+    alike = [p for p in priors if set(p.experts) == set(names)]
+    try:
+      (alike or priors)[0].log_prior(names, digests)
+    except (Refused, IndexError) as e:
+      raise Refused(f'{path}: {e if priors else "no priors in it"}') from None
+  return found
+
+
+def find(path, names, digests, domain: str = '', posterior: str = '') -> Prior:
+  """The stored prior of a domain for these experts.
+
+  Raises:
+    BadInput: there is none, or several fit; all are named. Refused: see `of_experts`.
+  """
+  there = of_experts(path, load(path), names, digests)
+  found = [p for p in there if (not domain or p.domain == domain)
            and (not posterior or p.posterior == posterior)]
   if len(found) != 1:
-    there = ', '.join(f'{p.domain} ({p.posterior})' for p in found or load(path))
+    known = ', '.join(f'{p.domain} ({p.posterior})' for p in found or there)
     raise BadInput(f'{path}: {len(found)} priors of domain {domain or "any"}, posterior '
-                   f'{posterior or "any"} (there: {there}): name one as FILE:DOMAIN')
+                   f'{posterior or "any"} (there: {known}): name one as FILE:DOMAIN')
   return found[0]

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from demix.errors import BadInput
+from demix.settings import nearest as suggest
 from demix.verbs.flags import Verb
 
 WAYS = ('given', 'best', 'average', 'uniform', 'updating', 'cached', 'clusters')
@@ -19,14 +20,18 @@ def run(argv: list[str]) -> int:
   verb.string('data', '', "token store; the first model's own by default")
   verb.string('domains', '', 'comma-separated domains; all that the store has by default')
   verb.string('split', 'test', 'split to score')
+  verb.string('packing', '', 'continuous or document: how text is cut; by default as each model '
+              'was trained')
   verb.integer('stride', 0, 'tokens scored per window; 0: blocks that do not overlap (the papers)')
-  verb.integer('limit', 0, 'windows per domain, the first ones; 0: all')
-  verb.integer('batch_size', 32, 'windows per forward pass')
+  verb.integer('limit', 0, 'sequences per domain, a fixed sample that is the same for all models; '
+               '0: all')
+  verb.integer('batch_size', 32, 'sequences per forward pass')
   verb.string('force', '', "the expert or <domain> symbol given on domains that were not trained "
               "on; by default the one that is best on the domain's valid text")
   verb.config(MixConfig, 'WAYS', 'mix', 'mix the experts of DEMix LMs: all, or a comma-separated '
               f'list of {", ".join(WAYS)}, or a config file, configs/mix.py:ARG')
-  verb.string('posterior', 'prefix,last_token', 'evidence of the ways that look at the text')
+  verb.string('posterior', '', 'evidence of the ways that look at the text; prefix,last_token by '
+              'default')
   verb.string('prior', '', 'FILE[:DOMAIN] of stored priors: cached priors are taken from there and '
               'not estimated; with :DOMAIN its prior is used on every domain')
   verb.string('save_priors', '', 'write the cached priors that are estimated here')
@@ -34,7 +39,9 @@ def run(argv: list[str]) -> int:
               'here (.npz)')
   verb.string('options', '', 'instead of perplexity, accuracy on this file of multiple choice: '
               '{"prompt", "options", "answer"} a line; --mix: average, uniform, cached, a file')
-  verb.string('out', '', 'also write results.json here')
+  verb.string('out', '', 'also write results.json here, with all that the tables leave out')
+  verb.string('tables', 'perplexity', 'what is printed: perplexity, bits_per_byte, priors, ledger, '
+              'or all')
   given, mix = verb.parse(argv)
   if not given.model:
     raise BadInput('--model is missing: name one or more, for example --model=dense=W')
@@ -52,35 +59,34 @@ def run(argv: list[str]) -> int:
     file = Path(getattr(given, flag)) if getattr(given, flag) else None
     if file and (file.is_dir() or not file.absolute().parent.is_dir()):
       raise BadInput(f'--{flag}={file}: not a file in a folder that exists; make the folder first')
-  mixes = [w.strip() for w in given.mix_words.split(',') if w.strip()]
+  mixes = words(given.mix_words)
   if mix != MixConfig() and not mixes:
     raise BadInput('--mix.KEY=VALUE without --mix: say which ways of mixing, --mix=all')
-  posteriors = [w.strip() for w in given.posterior.split(',') if w.strip()]
-  for flag in ('dump', 'prior', 'save_priors'):
+  for flag in ('dump', 'prior', 'save_priors', 'posterior'):
     if getattr(given, flag) and not mixes:
       raise BadInput(f'--{flag} needs --mix: without it the experts are not mixed')
-  from demix.eval import mixing, protocol, results
+  from demix.eval import protocol, results
   from demix.mix import prior
-  if mixes == ['file']:
-    mix.check()
-    modes = (mixing.Mode('mix', mix),)
-  else:
-    modes = mixing.modes(mixing.NAMES if mixes == ['all'] else mixes, posteriors, mix)
+  tables = protocol.TABLES if given.tables == 'all' else words(given.tables)
+  for name in tables:
+    if name not in protocol.TABLES:
+      raise BadInput(f'--tables={name}: no such table{suggest(name, (*protocol.TABLES, "all"))}')
+  ways = _ways(given, mixes, mix)
   if given.options:
-    return choose(models, given, modes)
-  stored, estimated = {}, []
-  if given.prior:
-    file, _, domain = given.prior.partition(':')
-    stored = {('' if domain else p.domain, p.posterior): p for p in prior.load(file)
-              if domain in ('', p.domain)}
-    if not stored:
-      prior.find(file, domain)
-  domains = tuple(dict.fromkeys(d.strip() for d in given.domains.split(',') if d.strip()))
-  content = protocol.evaluate(
-      models, data=given.data, domains=domains, split=given.split, stride=given.stride,
-      limit=given.limit, batch_size=given.batch_size, force=given.force, modes=modes,
-      stored=stored, dump=given.dump, estimated=estimated)
-  print(protocol.report(content))
+    return choose(models, given, ways.modes if ways else ())
+  cached = ways and any(m.config.prior == 'cached' for m in ways.modes)
+  for flag in ('prior', 'save_priors'):
+    if getattr(given, flag) and not cached:
+      raise BadInput(f'--{flag} has no effect on --mix={given.mix_words}: no way of mixing has a '
+                     'cached prior; add cached, or leave it out')
+  if given.prior and given.save_priors:
+    raise BadInput('--save_priors with --prior: none are estimated; leave one of them out')
+  estimated = []
+  content = protocol.evaluate(models, protocol.Request(
+      data=given.data, domains=tuple(dict.fromkeys(words(given.domains))), split=given.split,
+      batch_size=given.batch_size, packing=given.packing, stride=given.stride, limit=given.limit,
+      force=given.force, ways=ways, prior=given.prior, dump=given.dump), estimated)
+  print(protocol.report(content, tables))
   if given.save_priors:
     prior.save(given.save_priors, estimated)
   if given.out:
@@ -91,13 +97,34 @@ def run(argv: list[str]) -> int:
   return 0
 
 
+def words(text: str) -> list[str]:
+  """'a, b' → ['a', 'b']."""
+  return [w.strip() for w in text.split(',') if w.strip()]
+
+
+def _ways(given, mixes: list, mix):
+  """The eval.ways.Ways that are asked for, or None."""
+  from demix.eval import ways
+  if not mixes:
+    return None
+  posteriors = words(given.posterior)
+  names = ways.NAMES if mixes == ['all'] else mixes
+  if mixes == ['file'] or not {'uniform', 'updating', 'cached'} & set(names):
+    if posteriors:
+      why = 'the config file says it' if mixes == ['file'] else 'no way of mixing reads it'
+      raise BadInput(f'--posterior={given.posterior} has no effect: {why}; leave it out')
+  if mixes == ['file']:
+    return ways.Ways.of((ways.Mode('mix', mix),), mix)
+  return ways.ways(names, posteriors or ['prefix', 'last_token'], mix)
+
+
 def choose(models: dict, given, modes) -> int:
   """Prints, for every model and way of mixing, the accuracy on a file of multiple choice."""
   from demix import language_model, multiple_choice, reference
   from demix.eval.results import layout
   from demix.mix.mixture import MixConfig
   from demix.progress import Progress
-  for flag in ('out', 'dump', 'save_priors'):
+  for flag in ('out', 'dump', 'save_priors', 'packing', 'stride', 'limit'):
     if getattr(given, flag):
       raise BadInput(f'--{flag} goes with perplexity, not with --options')
   for mode in modes:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import runs
 
+from demix.eval.sequences import shuffled
 from demix.mix import prior
 
 ALL = (*corpus.DOMAINS, corpus.NOVEL)
@@ -21,7 +22,7 @@ def done(models, tmp_path_factory):
   folder = tmp_path_factory.mktemp('mixed')
   ended = runs.demix('evaluate', f'--model={models["demix"]}', WAYS, '--mix.blocks=9',
                      '--batch_size=8', f'--out={folder / "r.json"}', f'--dump={folder / "d.npz"}',
-                     f'--save_priors={folder / "p.json"}')
+                     f'--save_priors={folder / "p.json"}', '--tables=all')
   assert ended.code == 0, ended
   content = json.loads((folder / 'r.json').read_text())
   rows = {(r['domain'], r['prior'], r['posterior']): r for r in content['rows']}
@@ -107,7 +108,7 @@ def test_on_the_novel_domain_the_experts_are_those_of_the_dev_text(done):
   assert rows[corpus.NOVEL, None, None]['mix'] == 'expert:code'
   assert rows[corpus.NOVEL, 'dev', None]['mix'] == 'expert:code'
   assert rows[corpus.NOVEL, 'updating', 'prefix']['nll'] < rows[corpus.NOVEL, None, None]['nll']
-  assert f'{corpus.NOVEL}: demix given is code' in out
+  assert f'{corpus.NOVEL}: demix given, demix best is code' in out
 
 
 @pytest.mark.parametrize('kind', ['prefix', 'last_token'])
@@ -120,14 +121,15 @@ def test_the_cached_prior_is_the_moving_mean_over_full_blocks_of_dev_text(models
   assert ended.code == 0, ended
   dump = np.load(file)
   blocks, weights = dump['loglik_EBL'].astype(np.float64), dump['weights_BL']
-  full = (weights.sum(1) == L) & (np.arange(len(weights)) < 9)
-  assert blocks.shape[1] > 10 and full.sum() == 9
-  _, expected = moving(blocks[:, :9], full[:9], kind)
+  full = weights.sum(1) == L
+  assert blocks.shape[1] > 10 and full.sum() > 9
+  blocks = blocks[:, full][:, shuffled(full.sum())[:9]]  # a fixed sample of the whole split
+  _, expected = moving(blocks, np.ones(9, bool), kind)
   [stored] = [p for p in done[3] if (p.domain, p.posterior) == ('legal', kind)]
   np.testing.assert_allclose(np.exp(stored.log_weights), np.exp(expected), atol=2e-6)
   assert (stored.blocks, stored.block_length, stored.alpha, stored.blocks_per_update,
           stored.split) == (9, L, 0.3, 2, 'valid')
-  np.testing.assert_allclose(stored.nll, -blocks[:, :9].mean((1, 2)), rtol=2e-6)
+  np.testing.assert_allclose(stored.nll, -blocks.mean((1, 2)), rtol=2e-6)
 
 
 def test_the_dump_says_what_it_holds(done):
@@ -139,6 +141,8 @@ def test_the_dump_says_what_it_holds(done):
   assert dump['targets_BL'].shape == dump['weights_BL'].shape == (B, L)
   assert dump['log_prior_EB'].shape == (E, B) and dump['log_prior_E'].shape == (E,)
   np.testing.assert_allclose(dump['weights_EBL'], 0.25)  # the first way that mixes: average
+  assert (str(dump['way']), str(dump['protocol'])) == ('average', 'continuous 32')
+  assert json.loads(str(dump['mix']))['prior'] == 'none'
   assert dump['weights_BL'].sum() == sum(
       r['tokens'] for r in content['rows'] if r['prior'] == 'none')
 
@@ -146,7 +150,9 @@ def test_the_dump_says_what_it_holds(done):
 def test_the_json_has_options_priors_and_mean_weights(done):
   _, _, content, stored, out = done
   mixing = content['mixing']['demix']
-  assert mixing['options']['blocks'] == 9 and mixing['unusual'] == {'blocks': 9}
+  assert mixing['options'] == {'blocks': 9}
+  assert mixing['read_by'] == {'blocks': ['given', 'best', 'cached prefix', 'cached last_token']}
+  assert 'demix is mixed with blocks=9 (given, best, cached prefix, cached last_token)' in out
   assert [p['weights'] for p in mixing['priors']] == [p.weights for p in stored]
   assert set(mixing['mean_weights']) == {'none', *(f'{p} {k}' for p in (
       'uniform', 'updating', 'cached') for k in ('prefix', 'last_token'))}
@@ -162,8 +168,9 @@ def test_the_json_has_options_priors_and_mean_weights(done):
 def test_one_way_alone_and_another_batch_size_give_the_same(done, models, tmp_path):
   rows = done[0]
   for way, key in (('updating', ('updating', 'last_token')), ('given', (None, None))):
+    evidence = [f'--posterior={key[1]}'] if key[1] else []
     ended = runs.demix('evaluate', f'--model={models["demix"]}', f'--mix={way}', '--batch_size=3',
-                       '--posterior=last_token', '--domains=code', f'--out={tmp_path / "r.json"}')
+                       *evidence, '--domains=code', f'--out={tmp_path / "r.json"}')
     assert ended.code == 0, ended
     [row] = json.loads((tmp_path / 'r.json').read_text())['rows']
     assert row['nll'] == pytest.approx(rows['code', *key]['nll'], rel=1e-6)

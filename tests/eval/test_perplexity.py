@@ -17,6 +17,7 @@ from demix import checkpoint
 from demix.data.store import TokenStore
 from demix.errors import BadInput
 from demix.eval import perplexity
+from demix.eval.sequences import Protocol, shuffled
 from demix.reference import load
 
 ALL = (*corpus.DOMAINS, corpus.NOVEL)
@@ -121,10 +122,26 @@ def test_a_stride_of_the_whole_length_is_blocks(models, tmp_path):
   assert strided == rows
 
 
-def test_limit_scores_the_first_windows(stores, models, tmp_path):
+def test_limit_scores_a_fixed_sample_of_the_whole_split(stores, models, tmp_path):
+  """The first documents may be of one source: with them alone a domain would be another."""
   rows, _ = evaluated(tmp_path, f'--model={models["dense"]}', '--limit=3', '--domains=legal')
-  agree(rows['dense', 'legal'], Recount(models['dense'], stores.text).row('legal', limit=3))
-  assert rows['dense', 'legal']['tokens'] == 96
+  ids, _ = byte_stream(stores.text / 'legal/test.jsonl')
+  parts, leaves = blocks(ids, 32), leaves_of(models['dense'])
+  chosen = sorted(shuffled(len(parts))[:3])
+  assert chosen != [0, 1, 2]
+  losses = [nll(leaves, *parts[i], layers=2, heads=2) for i in chosen]
+  row = rows['dense', 'legal']
+  assert row['nll'] == pytest.approx(np.concatenate(losses).mean(), rel=1e-5)
+  assert (row['n'], row['limit'], row['protocol']) == (3, 3, 'continuous 32')
+
+
+def test_samples_are_nested_spread_and_fixed():
+  assert shuffled(10).tolist() == [2, 4, 6, 8, 5, 1, 7, 0, 9, 3]  # for ever, in any NumPy
+  for count in (100, 1000, 12345):
+    order = shuffled(count)
+    assert sorted(order) == list(range(count))
+    tenths = np.bincount(order[:count // 4] * 10 // count, minlength=10)
+    assert tenths.min() > 0.4 * count / 40 and tenths.max() < 1.8 * count / 40
 
 
 def test_another_split_and_another_step(stores, models, tmp_path):
@@ -186,7 +203,7 @@ def test_parts_of_one_pass_do_not_mix(stores, models):
   loaded, store = load(str(models['demix'])), TokenStore.open(stores.bytes)
   parts = [perplexity.Part(d, 'test', route) for d in ('kitchen', 'code') for route in (0, 2)]
   score = lambda parts: perplexity.evaluate(
-      loaded.model, loaded.params, store, parts, length=32, batch_size=8)
+      loaded.model, loaded.params, store, parts, protocol=Protocol(32), batch_size=8)
   together = score(parts)
   for part, one in zip(parts, together):
     [alone] = score([part])
@@ -198,11 +215,11 @@ def test_parts_of_one_pass_do_not_mix(stores, models):
 def test_progress_counts_to_the_number_of_windows(stores, models):
   loaded, store = load(str(models['dense'])), TokenStore.open(stores.bytes)
   parts, seen = [perplexity.Part(d, 'test') for d in ('legal', 'verse')], []
-  perplexity.evaluate(loaded.model, loaded.params, store, parts, length=32, batch_size=8,
-                      progress=seen.append)
+  perplexity.evaluate(loaded.model, loaded.params, store, parts, protocol=Protocol(32),
+                      batch_size=8, progress=seen.append)
   expected = sum(-(-len(store.tokens(d, 'test')) // 32) for d in ('legal', 'verse'))
-  assert seen[-1] == expected == perplexity.windows(store, parts, 32)
-  assert perplexity.windows(store, parts, 32, limit=2) == 4
+  assert seen[-1] == expected == perplexity.count(store, parts, Protocol(32))
+  assert perplexity.count(store, parts, Protocol(32, limit=2)) == 4
 
 
 def test_a_domain_without_text_is_refused(stores, models, monkeypatch):
@@ -210,4 +227,4 @@ def test_a_domain_without_text_is_refused(stores, models, monkeypatch):
   monkeypatch.setattr(store, 'tokens', lambda *_: np.zeros(0, np.uint16))
   with pytest.raises(BadInput, match='verse/test is empty: nothing to score'):
     perplexity.evaluate(loaded.model, loaded.params, store, [perplexity.Part('verse', 'test')],
-                        length=32)
+                        protocol=Protocol(32))

@@ -18,7 +18,7 @@ RUN = {'train_tokens': int, 'train_flops': int, 'params_total': int, 'params_act
        'seconds': float, 'config_digest': str, 'seed': int, 'step': int, 'content_digest': str}
 ROW = {'run': str, 'mix': str, 'prior': type(None), 'posterior': type(None), 'domain': str,
        'split': str, 'nll': float, 'perplexity': float, 'bits_per_byte': float, 'tokens': int,
-       'bytes': int}
+       'bytes': int, 'n': int, 'protocol': str, 'limit': int}
 
 
 @pytest.fixture(scope='module')
@@ -26,7 +26,7 @@ def written(models, tmp_path_factory):
   """(results.json of three runs, what `evaluate` printed)."""
   out = tmp_path_factory.mktemp('results') / 'results.json'
   ended = runs.demix('evaluate', f'--model=plain={models["dense"]}', f'--model={models["demix"]}',
-                     f'--model={models["token"]}', f'--out={out}')
+                     f'--model={models["token"]}', f'--out={out}', '--tables=all')
   assert ended.code == 0 and ended.said() == []
   return json.loads(out.read_text()), ended.out
 
@@ -38,7 +38,7 @@ def types(entry):
 def test_the_schema_is_the_contract(written):
   content, _ = written
   assert list(content) == ['version', 'runs', 'rows', 'seed', 'heldout', 'versions']
-  assert (content['version'], content['seed'], content['heldout']) == (1, 5, ['mixed'])
+  assert (content['version'], content['seed'], content['heldout']) == (2, 5, ['mixed'])
   assert content['versions'].keys() == {'python', 'demix', 'jax', 'flax', 'optax', 'grain'}
   assert all(isinstance(v, str) and v != 'unknown' for v in content['versions'].values())
   assert list(content['runs']) == ['plain', 'demix', 'token']
@@ -76,7 +76,7 @@ def test_evaluating_again_gives_the_same_bytes(models, tmp_path):
 
 def test_what_is_printed_is_the_content(written):
   content, out = written
-  assert protocol.report(content) in out
+  assert protocol.report(content, protocol.TABLES) in out
   assert results.table(content, 'perplexity') in out and results.ledger(content) in out
   assert out.rstrip().split('\n')[-1].startswith('results     ')
 
@@ -209,7 +209,7 @@ def test_names_of_runs(models):
   ended = runs.demix('evaluate', f'--model={dense}', f'--model=early={dense}@20',
                      '--domains=kitchen, kitchen,', '--limit=2')
   assert ended.code == 0 and ended.out.splitlines()[0].split() == ['perplexity', 'dense', 'early']
-  assert [line[:8] for line in ended.out.splitlines()].count('kitchen ') == 2  # two tables
+  assert [line[:8] for line in ended.out.splitlines()].count('kitchen ') == 1
   assert '--model is missing' in runs.demix('evaluate').error(2)
 
 
