@@ -17,12 +17,12 @@ from demix.data.sources.jsonl import JsonLines
 from demix.data.sources.part import Document, Part
 from demix.data.sources.text import PlainText
 from demix.errors import BadInput
+from demix.names import why_no_domain
 from demix.settings import nearest
 
 SPLITS = ('train', 'valid', 'test')
 LAYOUT = 'DIR/<domain>/{train,valid,test}.jsonl[.gz|.zst], or DIR/<domain>/*.txt'
 
-_NAME = re.compile(r'[A-Za-z0-9_-]+')
 _JSONL = re.compile(r'((train|valid|test)(?:[-_.].*)?)\.jsonl(\.gz|\.zst)?')
 
 
@@ -68,9 +68,7 @@ def find(folder: Path, domains: tuple = ()) -> list[Path]:
   if len(set(domains)) < len(domains):
     raise BadInput(f'config.domains: a domain is named twice: {", ".join(domains)}')
   for name in domains or found:
-    if not _NAME.fullmatch(name) or name == 'tokenizer':
-      why = 'the token store keeps its tokenizer there' if name == 'tokenizer' else \
-          'names of domains are letters, digits, _ and -'
+    if why := why_no_domain(name):
       raise BadInput(f'{found[name]}: {name!r} cannot be a domain ({why}): rename the folder')
   return [found[name] for name in domains or found]
 
