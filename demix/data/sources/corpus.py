@@ -71,6 +71,8 @@ class Entry:
     if self.dtype not in token_files.DTYPES:
       raise BadInput(f'{where}.dtype: {self.dtype!r} is not one of '
                      f'{", ".join(token_files.DTYPES)}')
+    if self.eod_id < -1:
+      raise BadInput(f"{where}.eod_id={self.eod_id}: an id, or -1 for the tokenizer's")
     usual = Entry()
     for name, sources in _OPTIONS.items():
       if getattr(self, name) != getattr(usual, name) and self.source not in sources:
