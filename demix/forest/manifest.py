@@ -23,7 +23,7 @@ import xxhash
 
 from demix import catalogue, digests
 from demix.errors import BadInput, Locked
-from demix.names import SEED, inside, is_name, why_no_expert
+from demix.names import SEED, inside, is_name, shown, why_no_expert
 from demix.settings import nearest
 from demix.workdir import LOCK, hold, write_atomic
 
@@ -218,7 +218,7 @@ def files_of(workdir) -> dict:
     for file in sorted(files):
       if file != LOCK:
         full = Path(path) / file
-        out[str(full.relative_to(workdir))] = digests.of_file(full)
+        out[shown(full.relative_to(workdir))] = digests.of_file(full)
   return out
 
 
