@@ -24,6 +24,8 @@ def _usage() -> str:
 
 def main(argv: list[str]) -> int:
   """Runs one verb and returns its exit code (docs/contracts.md §exit codes)."""
+  if hasattr(sys.stdout, 'reconfigure'):  # names of files may be no text; standard error does so
+    sys.stdout.reconfigure(errors='backslashreplace')
   try:
     code = _run(argv)
     sys.stdout.flush()
@@ -35,6 +37,14 @@ def main(argv: list[str]) -> int:
     return 1
 
 
+def _is_text(text):
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    return False
+  return True
+
+
 def _run(argv):
   from demix.errors import DemixError
   if not argv or argv[0] in ('--help', '-h', 'help'):
@@ -42,8 +52,12 @@ def _run(argv):
     return 0 if argv else 2
   from demix.verbs.flags import Help
   try:
+    from demix.errors import BadInput
+    here = os.getcwd() if os.path.isdir('.') else ''
+    for text, what in [(here, 'the working folder'), *((a, 'argument') for a in argv)]:
+      if not _is_text(text):  # names go into JSON, which has no such thing
+        raise BadInput(f'{what} {text!r} is not UTF-8: rename what it names')
     if argv[0] not in VERBS:
-      from demix.errors import BadInput
       from demix.settings import nearest
       raise BadInput(f'no such verb {argv[0]!r}{nearest(argv[0], VERBS)}')
     return importlib.import_module(f'demix.verbs.{argv[0]}').run(argv[1:]) or 0

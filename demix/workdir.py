@@ -7,9 +7,11 @@ import contextlib
 import datetime
 import errno
 import fcntl
+import io
 import json
 import os
 import socket
+import stat
 import threading
 import time
 from pathlib import Path
@@ -18,6 +20,7 @@ from demix.errors import BadInput, Locked
 
 LOCK = '.lock'
 CONFIG = 'config.json'
+_OPEN_FILES = ('/dev/std', '/dev/fd/', '/proc/')  # /dev/stdout may be a file that others write to
 
 _held: set[int] = set()  # lock descriptors of this process
 
@@ -43,18 +46,75 @@ def fsync_directory(directory):
     os.close(fd)
 
 
-def write_atomic(path, data: bytes):
+class _Stream(io.RawIOBase):
+  """What is written goes on to a file; without places, for a pipe has none."""
+
+  def __init__(self, file):
+    self._file = file
+
+  def writable(self):
+    return True
+
+  def write(self, data):
+    self._file.write(data)
+    return memoryview(data).nbytes
+
+
+def check_writable(path, what: str):
+  """Raises BadInput, before any long work, where `write_atomic` could not write a file.
+
+  Args:
+    what: for the message: '--out'.
+  """
+  try:
+    mode = os.stat(path).st_mode
+  except FileNotFoundError:
+    mode = None
+  except (OSError, ValueError) as e:
+    raise BadInput(f'{what}={path}: cannot be written ({getattr(e, "strerror", e)}): name another '
+                   'file') from None
+  if mode is not None and (stat.S_ISDIR(mode) or stat.S_ISSOCK(mode)):
+    raise BadInput(f'{what}={path}: a {"folder" if stat.S_ISDIR(mode) else "socket"}, not a file: '
+                   'name a file')
+  folder = os.path.dirname(os.path.realpath(path))
+  if not os.path.isdir(folder):
+    raise BadInput(f'{what}={path}: no folder {folder}: make it first')
+  direct = mode is not None and not stat.S_ISREG(mode)
+  if not os.access(path if direct else folder, os.W_OK):
+    raise BadInput(f'{what}={path}: cannot be written (Permission denied): name another file')
+
+
+def write_atomic(path, data):
   """Writes a file whole or not at all, durably: temporary file, fsync, rename, fsync of the folder.
 
+  A symbolic link stays one: the file that it leads to is written. A device, a pipe and /dev/stdout
+  are written to, and never replaced. A file keeps its mode.
+
+  Args:
+    data: bytes, or a function that writes into the binary file it is given.
+
   Raises:
-    OSError: it could not be written (disk full, read-only); what was at `path` is untouched.
+    OSError: it could not be written (disk full, read-only, a folder is there); what was at `path`
+      is untouched.
   """
-  path = Path(path)
+  write = data if callable(data) else lambda f: f.write(data)
+  try:
+    mode = os.stat(path).st_mode  # of what links lead to
+  except FileNotFoundError:
+    mode = None
+  device = mode is not None and not stat.S_ISREG(mode)
+  if device or os.path.abspath(path).startswith(_OPEN_FILES):
+    with open(path, 'ab') as f:
+      write(_Stream(f))
+    return
+  path = Path(os.path.realpath(path))
   temporary = path.parent / f'.{path.name}.{os.getpid()}.{threading.get_ident()}.tmp'
   try:
     with open(temporary, 'wb') as f:
-      f.write(data)
+      write(f)
       f.flush()
+      if mode is not None:
+        os.fchmod(f.fileno(), stat.S_IMODE(mode))
       os.fsync(f.fileno())
     os.replace(temporary, path)
   except BaseException:

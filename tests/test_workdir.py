@@ -1,14 +1,18 @@
 """demix/workdir.py: one holder at a time, whatever kills it; identity; files written whole."""
 
+import io
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from demix import workdir
@@ -185,3 +189,83 @@ def test_every_difference_of_identity_is_named_in_one_line():
 def test_the_same_identity_is_accepted_after_a_round_trip():
   now = {'domains': ('a', 'b'), 'rate': 0.1, 'clip': float('nan'), 'whole': 1.0, 'map': {'x': (1,)}}
   workdir.check_identity(json.loads(json.dumps(now)) | {'whole': 1}, now, 'W')
+
+
+def savez(f):
+  np.savez(f, x=np.arange(3))
+
+
+@pytest.mark.parametrize('there', [b'old', None])
+def test_a_symbolic_link_stays_and_its_target_is_written(tmp_path, there):
+  (tmp_path / 'far').mkdir()
+  target, link = tmp_path / 'far' / 'real', tmp_path / 'link'
+  if there:
+    target.write_bytes(there)
+    target.chmod(0o600)
+  link.symlink_to('second')
+  (tmp_path / 'second').symlink_to(target)
+  workdir.check_writable(link, '--out')
+  workdir.write_atomic(link, b'new')
+  assert link.is_symlink() and (tmp_path / 'second').is_symlink()
+  assert target.read_bytes() == b'new' and os.listdir(tmp_path / 'far') == ['real']
+  assert not there or stat.S_IMODE(target.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize('data', [b'whole', savez])
+def test_a_pipe_is_written_to(tmp_path, data):
+  pipe = tmp_path / 'pipe'
+  os.mkfifo(pipe)
+  read = []
+  reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()))
+  reader.start()
+  workdir.check_writable(pipe, '--out')
+  workdir.write_atomic(pipe, data)
+  reader.join(10)
+  assert stat.S_ISFIFO(pipe.stat().st_mode) and os.listdir(tmp_path) == ['pipe']
+  if data is savez:
+    assert np.load(io.BytesIO(read[0]))['x'].tolist() == [0, 1, 2]
+  else:
+    assert read == [data]
+
+
+@pytest.mark.parametrize('data', [b'whole', savez])
+def test_a_device_stays_what_it_is(tmp_path, data):
+  node = tmp_path / 'null'
+  try:
+    os.mknod(node, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    open(node, 'ab').close()
+  except OSError:
+    pytest.skip('no devices can be made here')
+  workdir.check_writable(node, '--out')
+  workdir.write_atomic(node, data)
+  assert stat.S_ISCHR(node.stat().st_mode) and os.listdir(tmp_path) == ['null']
+
+
+def test_standard_output_is_written_to_where_it_is_a_file(tmp_path):
+  code = ('import sys; from demix.workdir import write_atomic; print("a", flush=True); '
+          'write_atomic("/dev/stdout", b"b\\n"); print("c")')
+  with open(tmp_path / 'out', 'ab') as out:
+    subprocess.run([sys.executable, '-c', code], stdout=out, check=True, cwd=ROOT)
+  assert (tmp_path / 'out').read_bytes() == b'a\nb\nc\n'
+
+
+def test_what_cannot_be_written_is_refused_at_once(tmp_path):
+  (tmp_path / 'loop').symlink_to('loop')
+  (tmp_path / 'away').symlink_to('no folder/x')
+  for path in (tmp_path, tmp_path / 'loop', tmp_path / 'away', tmp_path / 'no folder' / 'x',
+               tmp_path / 'a\0b', tmp_path / ('a' * 300)):
+    with pytest.raises(BadInput, match='--out='):
+      workdir.check_writable(path, '--out')
+    with pytest.raises((OSError, ValueError)):
+      workdir.write_atomic(path, b'x')
+  assert sorted(os.listdir(tmp_path)) == ['away', 'loop']
+
+
+def test_a_writer_that_fails_leaves_what_was_there(tmp_path):
+  def fails(f):
+    f.write(b'half')
+    raise RuntimeError
+  (tmp_path / 'f').write_bytes(b'old')
+  with pytest.raises(RuntimeError):
+    workdir.write_atomic(tmp_path / 'f', fails)
+  assert (tmp_path / 'f').read_bytes() == b'old' and os.listdir(tmp_path) == ['f']

@@ -17,6 +17,14 @@ def synced(file):
   os.fsync(file.fileno())
 
 
+def scratch_of(folder: Path) -> Path:
+  """A new folder in a store that is being built, for files that do not stay; no domain can be
+  called so."""
+  scratch = folder / '.scratch'
+  scratch.mkdir()
+  return scratch
+
+
 class Building:
   """`.<name>.building` beside `out`, held by one process; gone afterwards.
 

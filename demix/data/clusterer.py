@@ -20,6 +20,7 @@ import xxhash
 
 from demix import digests
 from demix.errors import BadInput
+from demix.names import is_name
 
 VERSION = 1
 FOLDER = 'clusterer'  # in a token store
@@ -159,6 +160,9 @@ class Clusterer:
                        f'{VERSION}: {_AGAIN}')
       arrays = [np.load(folder / f'{n}.npy', allow_pickle=False) for n in _ARRAYS]
       terms = tuple(orjson.loads((folder / 'terms.json').read_bytes()))
+      bad = [n for n in meta['names'] if not is_name(n)]
+      if bad or len(set(meta['names'])) < len(meta['names']):
+        raise ValueError(f'{bad[0]!r} cannot be a cluster' if bad else 'two clusters of one name')
       found = cls(meta['kind'], tuple(meta['names']), terms, *arrays, meta['seed'], meta['about'])
       sizes = len(found.idf), *found.components.shape, *found.centres.shape
     except OSError as e:

@@ -58,6 +58,11 @@ class DiscoverConfig:
                      '8192')
 
 
+def names_of(clusters: int) -> tuple:
+  """What so many clusters that are found here are called."""
+  return tuple(f'cluster{i}' for i in range(clusters))
+
+
 def fit(texts: list[str], config: DiscoverConfig) -> Clusterer:
   """Finds clusters of documents; the same texts in the same order give the same bits.
 
@@ -68,7 +73,7 @@ def fit(texts: list[str], config: DiscoverConfig) -> Clusterer:
   Raises:
     BadInput: fewer documents than clusters, or no word in enough of them.
   """
-  K, names = config.clusters, tuple(f'cluster{i}' for i in range(config.clusters))
+  K, names = config.clusters, names_of(config.clusters)
   if len(texts) < K:
     raise BadInput(f'{len(texts)} documents of train text for {K} clusters: give more text, or '
                    'fewer clusters')

@@ -18,13 +18,14 @@ import xxhash
 from demix import settings
 from demix.data import clusterer as clusterers
 from demix.data import duplicates, store
-from demix.data.building import Building, synced
+from demix.data.building import Building, scratch_of, synced
 from demix.data.card import compare
 from demix.data.card import text as card_text
 from demix.data.clusterer import Clusterer
-from demix.data.clusters import DiscoverConfig, agreement, fit
+from demix.data.clusters import DiscoverConfig, agreement, fit, names_of
 from demix.data.store import TokenStore
 from demix.errors import BadInput
+from demix.names import KEPT
 from demix.progress import Progress, quantity
 
 _FLUSH = 1 << 20  # ids that a cluster's part holds before it writes them
@@ -45,9 +46,6 @@ def discover(source, out, config: DiscoverConfig, say=print) -> TokenStore:
   """
   config.check()
   source, out = TokenStore.open(source), Path(out).resolve()
-  if any(source.prompts(d, s) is not None for d in source.domains for s in source.splits(d)):
-    raise BadInput(f'{source.path}: it has prompts, which clusters do not keep: discover domains '
-                   'in plain text')
   given = Clusterer.load(config.clusterer) if config.clusterer else None
   Building.check_place(out)
   Building.recover(out)
@@ -58,6 +56,11 @@ def discover(source, out, config: DiscoverConfig, say=print) -> TokenStore:
       if source.prompts(domain, split) is not None:
         raise BadInput(f'{source.path}/{domain}/{split} has prompts, which clusters do not keep: '
                        'discover clusters of plain text')
+  clusters = given.names if given else names_of(config.clusters)
+  for name in source.domains:
+    if source.roles[name] != 'train' and (name in clusters or name.lower() in KEPT):
+      raise BadInput(f'{source.path}: a novel domain is called {name!r}, as a part of the '
+                     'clustered store: give it another name')
   described = {'discover': settings.to_dict(config) | {
       'clusterer': given.fingerprint if given else ''}}
   inputs = {f'{d}/{s}': source.card['domains'][d]['splits'][s]['tokens_digest']
@@ -117,11 +120,8 @@ def _fill(folder, source, found) -> dict:
   """Writes tokens, tokenizer and clusterer into `folder`; returns what the card says of it."""
   train = [d for d in source.domains if source.roles[d] == 'train']
   novel = [d for d in source.domains if source.roles[d] != 'train']
-  if taken := {*found.names, clusterers.FOLDER} & set(novel):
-    raise BadInput(f'{source.path}: a novel domain is called {taken.pop()!r}, as a part of the '
-                   'clustered store: give it another name')
   shutil.copytree(source.path / 'tokenizer', folder / 'tokenizer')
-  (folder / 'hashes').mkdir()
+  scratch = scratch_of(folder)
   parts, made = {}, source.tokenizer()
   counts = {s: np.zeros((len(found.names), len(train)), np.int64) for s in store.SPLITS}
   shares = {}
@@ -132,7 +132,7 @@ def _fill(folder, source, found) -> dict:
 
     def part(domain, split):
       if (domain, split) not in parts:
-        parts[domain, split] = _Part(folder, domain, split, source)
+        parts[domain, split] = _Part(folder / domain / split, scratch / f'{len(parts)}', source)
       return parts[domain, split]
 
     for domain, split in todo:
@@ -157,7 +157,7 @@ def _fill(folder, source, found) -> dict:
                      'discover fewer clusters, or give more text')
     entries[domain] = {'role': 'train' if domain in found.names else 'novel', 'splits': splits}
   shared = duplicates.shared({f'{d}/{s}': p.hashes for (d, s), p in parts.items()})
-  shutil.rmtree(folder / 'hashes')
+  shutil.rmtree(scratch)
   found.save(folder / clusterers.FOLDER)
   return {'version': store.VERSION, 'tokenizer': source.tokenizer_meta, 'domains': entries,
           'duplicates': shared, 'clusterer': {
@@ -171,10 +171,9 @@ class _Part:
   """tokens.bin and documents.npy of one domain and split, appended to; no file stays open, so there
   may be thousands."""
 
-  def __init__(self, folder, domain, split, source):
-    self._folder = folder / domain / split
-    self._folder.mkdir(parents=True)
-    self.hashes = folder / 'hashes' / f'{domain}_{split}'
+  def __init__(self, folder, hashes, source):
+    folder.mkdir(parents=True)
+    self._folder, self.hashes = folder, hashes
     self._dtype, self._eod = store.token_dtype(source.vocab_size), source.eod_id
     self._ids, self._rows, self._keys, self._held = [], [], [], 0
     self._tokens = self._documents = self._bytes = 0

@@ -17,12 +17,12 @@ from demix.data.sources.jsonl import JsonLines
 from demix.data.sources.part import Document, Part
 from demix.data.sources.text import PlainText
 from demix.errors import BadInput
+from demix.names import shown, why_no_domain
 from demix.settings import nearest
 
 SPLITS = ('train', 'valid', 'test')
 LAYOUT = 'DIR/<domain>/{train,valid,test}.jsonl[.gz|.zst], or DIR/<domain>/*.txt'
 
-_NAME = re.compile(r'[A-Za-z0-9_-]+')
 _JSONL = re.compile(r'((train|valid|test)(?:[-_.].*)?)\.jsonl(\.gz|\.zst)?')
 
 
@@ -68,9 +68,7 @@ def find(folder: Path, domains: tuple = ()) -> list[Path]:
   if len(set(domains)) < len(domains):
     raise BadInput(f'config.domains: a domain is named twice: {", ".join(domains)}')
   for name in domains or found:
-    if not _NAME.fullmatch(name) or name == 'tokenizer':
-      why = 'the token store keeps its tokenizer there' if name == 'tokenizer' else \
-          'names of domains are letters, digits, _ and -'
+    if why := why_no_domain(name):
       raise BadInput(f'{found[name]}: {name!r} cannot be a domain ({why}): rename the folder')
   return [found[name] for name in domains or found]
 
@@ -97,7 +95,7 @@ def source(folder: Path, on_bytes: Callable[[int], None] = lambda n: None) -> So
     if stem in stems:
       raise BadInput(f'{path}: {stems[stem].name} is the same part of {split}: remove one of them')
     stems[stem] = path
-    digests[f'{folder.name}/{path.name}'] = digest(path, on_bytes).hexdigest()
+    digests[f'{folder.name}/{shown(path.name)}'] = digest(path, on_bytes).hexdigest()
     splits.setdefault(split, []).append(path)
     sizes[split] = sizes.get(split, 0) + _size(path)
   if not matches:
@@ -106,7 +104,8 @@ def source(folder: Path, on_bytes: Callable[[int], None] = lambda n: None) -> So
     names = ', '.join(p.name for p in files[:4]) or 'nothing'
     raise BadInput(f'{folder}: no train split (it holds {names}{" …" if files[4:] else ""}); '
                    f'expected {LAYOUT}')
-  unused = tuple(p.name for p in files if (p not in matches if matches else p.suffix != '.txt'))
+  unused = tuple(shown(p.name) for p in files
+                 if (p not in matches if matches else p.suffix != '.txt'))
   stamps = {p: stamps[p] for used in splits.values() for p in used}
   return Source(folder.name, {s: tuple(splits[s]) for s in SPLITS if s in splits}, digests, sizes,
                 stamps, unused)
@@ -123,7 +122,7 @@ def _plain(folder, files, on_bytes):
     split = 'train' if bucket < 8 else 'valid' if bucket == 8 else 'test'
     splits.setdefault(split, []).append(path)
     sizes[split] = sizes.get(split, 0) + path.stat().st_size
-    whole.update(orjson.dumps([path.name, content.hexdigest()]))
+    whole.update(orjson.dumps([shown(path.name), content.hexdigest()]))
   if files and 'train' not in splits:
     raise BadInput(f'{folder}: none of its {len(files)} .txt files is in train (80/10/10 by the '
                    'hash of the content): add files, or write train.jsonl')

@@ -8,6 +8,7 @@ tokenizer are those of the store that is there.
 import contextlib
 import dataclasses
 import heapq
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import xxhash
 
 from demix import settings
 from demix.data import anonymise, documents, duplicates, store, tokenizer
-from demix.data.building import Building, synced
+from demix.data.building import Building, scratch_of, synced
 from demix.data.card import compare
 from demix.data.card import text as card_text
 from demix.data.sources import corpus
@@ -279,13 +280,13 @@ def _fill(folder, sources, made, config, say):
   """Writes tokens, documents and the tokenizer into `folder`; returns what the card says of it."""
   made.save(folder / 'tokenizer')
   domains, hashes = {}, {}
-  (folder / 'hashes').mkdir()
+  scratch = scratch_of(folder)
   with _Bytes(sum(sum(s.sizes.values()) for s in sources), 'tokenizing') as progress:
     for source in sources:
       entries = {}
       for split, files in source.splits.items():
         name = f'{source.name}/{split}'
-        hashes[name] = folder / 'hashes' / f'{len(hashes)}'
+        hashes[name] = scratch / f'{len(hashes)}'
         limit = config.max_bytes if split == 'train' else 0
         entries[split] = _Split(folder / name, hashes[name], made, config.anonymise).write(
             name, files, _reader(config, progress), limit, say)
@@ -298,9 +299,7 @@ def _fill(folder, sources, made, config, say):
         say(f'warning: {source.name}: not used: {", ".join(source.unused[:6])}'
             f'{" …" if source.unused[6:] else ""}')
   shared = duplicates.shared(hashes)
-  for file in hashes.values():
-    file.unlink()
-  (folder / 'hashes').rmdir()
+  shutil.rmtree(scratch)
   return {'version': store.VERSION, 'tokenizer': made.meta(), 'domains': domains,
           'duplicates': shared}
 

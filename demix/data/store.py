@@ -9,6 +9,7 @@ import xxhash
 
 from demix.data import tokenizer as tokenizers
 from demix.errors import BadInput
+from demix.names import is_name
 from demix.settings import nearest
 
 VERSION = 1
@@ -257,6 +258,12 @@ def read_card(path: Path) -> dict:
   version = card.get('version') if isinstance(card, dict) else None
   if version != VERSION:
     raise BadInput(f'{file}: version {version!r}, this demix reads {VERSION}: {again(path)}')
+  for name, domain in card['domains'].items() if isinstance(card.get('domains'), dict) else ():
+    splits = domain.get('splits') if isinstance(domain, dict) else None
+    unknown = [s for s in splits if s not in SPLITS] if isinstance(splits, dict) else []
+    if not is_name(name) or unknown:  # either is a folder
+      raise BadInput(f'{file}: {unknown[0] if is_name(name) else name!r} cannot be a '
+                     f'{"split" if is_name(name) else "domain"} of a store: {again(path)}')
   if not _complete(card):
     raise BadInput(f'{file}: incomplete, some of its entries are missing: {again(path)}')
   return card

@@ -15,7 +15,6 @@ nothing, and a kill leaves the old file or the new one. Fields that are not know
 import contextlib
 import copy
 import os
-import re
 import time
 from pathlib import Path
 
@@ -24,13 +23,12 @@ import xxhash
 
 from demix import catalogue, digests
 from demix.errors import BadInput, Locked
+from demix.names import SEED, inside, is_name, shown, why_no_expert
 from demix.settings import nearest
 from demix.workdir import LOCK, hold, write_atomic
 
 VERSION = 1
 FILE = 'forest.json'
-SEED = 'seed'
-_NAME = re.compile(r'[A-Za-z0-9_-]+')
 _REQUIRED = ('kind', 'parents', 'domains', 'workdir', 'step', 'content_digest')
 
 
@@ -64,12 +62,23 @@ def load(folder) -> dict:
 def check(forest: dict, path):
   """Raises BadInput for a manifest that cannot be: an incomplete entry, a parent that is not there,
   weights that are negative or do not sum to 1, a cycle."""
-  experts = forest['experts']
+  if not isinstance(forest.get('experts'), dict) or not {'base', 'plan'} <= forest.keys():
+    raise BadInput(f'{path}: no plan, base or experts in it: restore the file from a copy')
+  experts, base = forest['experts'], forest['base']
+  if base is not None:
+    if not isinstance(base, dict) or not {'workdir', 'step', 'content_digest'} <= base.keys():
+      raise BadInput(f'{path}: {SEED} {base!r} is no checkpoint: restore the file from a copy')
+    _check_entry(SEED, base, path)
+  for name in (forest['plan'] or {}).get('experts', ()):  # each becomes a folder
+    if not is_name(name) or name == SEED:
+      raise BadInput(f'{path}: {name!r} of the plan cannot be the name of an expert: restore the '
+                     'file from a copy')
   for name, entry in experts.items():
-    missing = [k for k in _REQUIRED if k not in entry]
-    if missing or not _NAME.fullmatch(name) or name == SEED:
+    missing = [k for k in _REQUIRED if k not in entry] if isinstance(entry, dict) else _REQUIRED
+    if missing or not is_name(name) or name == SEED:
       raise BadInput(f'{path}: expert {name!r} has no {", ".join(missing) or "name that can be"}: '
                      'restore the file from a copy')
+    _check_entry(name, entry, path)
     parents = entry['parents']
     for parent in parents:
       if parent != SEED and parent not in experts:
@@ -80,6 +89,26 @@ def check(forest: dict, path):
       raise BadInput(f'{path}: expert {name} has parents of weight {weights}: at least 0 each, '
                      'and 1 together')
   order(forest, path)
+
+
+def _check_entry(name, entry, path):
+  """Raises BadInput where what becomes a path, or a part of one, is none below the forest."""
+  inside(Path(path).parent, entry['workdir'], f'{path}: expert {name}: workdir')
+  init = entry.get('init')
+  if init is not None and not (isinstance(init, dict) and isinstance(init.get('workdir'), str)
+                               and '\0' not in init['workdir'] and _is_step(init.get('step'))):
+    raise BadInput(f'{path}: expert {name}: init {init!r} is no checkpoint: restore the file from '
+                   'a copy')
+  for key, fits in (('step', _is_step), ('content_digest', lambda x: isinstance(x, str)),
+                    ('domains', lambda x: isinstance(x, list) and all(map(is_name, x))),
+                    ('parents', lambda x: isinstance(x, dict))):
+    if key in entry and not fits(entry[key]):
+      raise BadInput(f'{path}: expert {name}: {key} {entry[key]!r} cannot be: restore the file '
+                     'from a copy')
+
+
+def _is_step(value):
+  return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def order(forest: dict, path='the forest') -> list[str]:
@@ -150,9 +179,8 @@ def free(forest: dict, name: str, folder):
   """Raises BadInput unless an expert can be called `name`."""
   if name in forest['experts']:
     raise BadInput(f'{folder} has an expert {name!r} already: take another name, or remove it')
-  if not _NAME.fullmatch(name) or name == SEED:
-    raise BadInput(f'{name!r} cannot be the name of an expert: letters, digits, _ and -; not '
-                   f'{SEED!r}')
+  if why := why_no_expert(name):
+    raise BadInput(f'{name!r} cannot be the name of an expert ({why}): give another')
 
 
 def descendants(forest: dict, name: str) -> list[str]:
@@ -190,7 +218,7 @@ def files_of(workdir) -> dict:
     for file in sorted(files):
       if file != LOCK:
         full = Path(path) / file
-        out[str(full.relative_to(workdir))] = digests.of_file(full)
+        out[shown(full.relative_to(workdir))] = digests.of_file(full)
   return out
 
 

@@ -22,10 +22,10 @@ import math
 import re
 
 from demix.errors import BadInput
-from demix.forest.manifest import SEED, order
+from demix.forest.manifest import order
+from demix.names import POSTERIOR, RANDOM, SEED, why_no_expert
 from demix.settings import nearest
 
-RANDOM, POSTERIOR = 'random', 'posterior'
 _KEYS = ('domains', 'parent', 'of', 'changes')
 _PARENT = re.compile(r'([A-Za-z0-9_-]+)(?:@(\d+%?|\d+\.\d+%))?')
 
@@ -104,8 +104,8 @@ def check(plan: dict, where: str, there=()):
   experts = plan['experts']
   known = [SEED, *dict.fromkeys([*experts, *there])]
   for name, branch in experts.items():
-    if not re.fullmatch(r'[A-Za-z0-9_-]+', name) or name in (SEED, RANDOM, POSTERIOR):
-      raise BadInput(f'{where}: {name!r} cannot be the name of an expert')
+    if why := why_no_expert(name):
+      raise BadInput(f'{where}: {name!r} cannot be the name of an expert ({why})')
     unknown = sorted(branch.keys() - set(_KEYS))
     if unknown:
       raise BadInput(f'{where}: expert {name}: no such key {unknown[0]!r}'

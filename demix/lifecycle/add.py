@@ -5,10 +5,9 @@ Trunk and old experts stay as they are to the bit; the new checkpoint has the sa
 same names with the same content digests, and the new expert's beside them.
 """
 
-import re
 from pathlib import Path
 
-from demix.config import NEAREST, data_fingerprint
+from demix.config import data_fingerprint
 from demix.data.store import TokenStore
 from demix.errors import BadInput, Refused
 from demix.eval import perplexity
@@ -23,6 +22,7 @@ from demix.lifecycle.workdirs import (
   with_entry,
   write,
 )
+from demix.names import why_no_expert
 from demix.params import Model
 from demix.settings import flatten
 
@@ -83,8 +83,8 @@ def add(model: str, expert: str, source: str, workdir: str, *, require_gain: boo
 
 
 def _check_name(before: Saved, expert: str):
-  if not re.fullmatch(r'[A-Za-z0-9_-]+', expert) or expert == NEAREST:
-    raise BadInput(f'--expert={expert}: not a name; letters, digits, _ and -, and not {NEAREST!r}')
+  if why := why_no_expert(expert):
+    raise BadInput(f'--expert={expert}: not a name for an expert ({why}): give another')
   if expert in before.experts:
     raise BadInput(f'--expert={expert}: {before.workdir} has that expert already '
                    f'({", ".join(before.experts)}): give another name')

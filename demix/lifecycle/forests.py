@@ -247,7 +247,11 @@ def remove(folder, name: str, search=()) -> list[str]:
       forest['plan'], unplanned = plan.without(forest['plan'], name)
       unplanned = [n for n in unplanned if n not in forest['experts']]
   lines = [f'removed     {name} (content digest {entry["content_digest"]})']
-  if workdir.absolute().parent == (folder / 'experts').absolute():
+  real = [Path(os.path.realpath(folder / e['workdir'])) for e in forest['experts'].values()]
+  own = Path(os.path.realpath(workdir))
+  if any(own == other or own in other.parents for other in real):
+    lines.append(f'left        {workdir}: another expert lies there')
+  elif own.parent == Path(os.path.realpath(folder / 'experts')):
     shutil.rmtree(workdir, ignore_errors=True)
   else:
     lines.append(f'left        {workdir}: it does not lie in the forest; delete it yourself')

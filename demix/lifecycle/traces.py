@@ -12,6 +12,7 @@ from pathlib import Path
 
 from demix import catalogue
 from demix.errors import DemixError
+from demix.names import shown
 
 PRIORS = 'priors*.json'
 
@@ -115,7 +116,8 @@ def _whole_reasons(meta, own, held) -> list[str]:
 
 
 def _entry(path, checkpoints, reasons) -> dict:
-  return {'path': os.path.abspath(path), 'checkpoints': checkpoints, 'why': ', '.join(reasons)}
+  return {'path': shown(os.path.abspath(path)), 'checkpoints': checkpoints,
+          'why': ', '.join(reasons)}
 
 
 def _started(expert, history, experts) -> list[str]:
@@ -165,7 +167,7 @@ def _read(run, step):
 
 def _bad(run) -> list[str]:
   """Damaged and unfinished checkpoints, which may hold arrays all the same."""
-  return sorted(e.name for e in os.scandir(run / 'checkpoints')
+  return sorted(shown(e.name) for e in os.scandir(run / 'checkpoints')
                 if e.is_dir() and ('.bad' in e.name or '.saving-' in e.name))
 
 

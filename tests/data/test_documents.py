@@ -1,7 +1,9 @@
 import gzip
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import xxhash
@@ -10,8 +12,10 @@ from cases import some
 from corpus_cases import document, jsonl, refused, small, verb, write
 
 from demix.data.documents import Reader, source
+from demix.data.prepare import PrepareConfig, prepare
 from demix.data.store import TokenStore
 
+ROOT = Path(__file__).parents[2]
 TEXTS = [document(i) for i in range(30)]
 COMPRESS = {'': lambda b: b, '.gz': gzip.compress, '.zst': zstandard.ZstdCompressor().compress}
 
@@ -227,3 +231,56 @@ def test_records_may_have_other_keys(tmp_path):
   file = tmp_path / 'train.jsonl'
   file.write_text(json.dumps({'id': 1, 'text': 'a\nb', 'meta': {'text': 'no'}}))
   assert read(file) == ['a\nb']
+
+
+LATIN1 = os.fsdecode(b'caf\xe9')
+
+
+@pytest.mark.parametrize('named', ['jsonl', 'txt', 'corpus', 'corpus text', 'unused'])
+def test_names_of_files_need_not_be_text(tmp_path, named):
+  folder = tmp_path / 'in' / 'd'
+  folder.mkdir(parents=True)
+  config = {'tokenizer': 'bytes'}
+  file = folder / f'train-{LATIN1}.jsonl'
+  if 'text' in named or named == 'txt':
+    for i in range(9):
+      (folder / f'{LATIN1}{i}.txt').write_text(f'text {i}')
+  else:
+    (folder / 'train.jsonl' if named == 'unused' else file).write_bytes(jsonl(['one']))
+  if named == 'unused':
+    (folder / LATIN1).write_text('x')
+  if 'corpus' in named:
+    kind = 'text' if 'text' in named else 'jsonl'
+    config['corpus'] = ({'name': 'd', 'source': kind, 'path': 'd/*'},)
+  said = []
+  made = prepare(tmp_path / 'in', tmp_path / 's', PrepareConfig(**config), said.append)
+  assert prepare(tmp_path / 'in', tmp_path / 's', PrepareConfig(**config), said.append)
+  assert 'nothing to do' in said[-1] and made.fingerprint
+  ''.join(said).encode()
+
+
+def test_arguments_that_are_no_text_are_named_at_once(tmp_path):
+  folder = tmp_path / LATIN1
+  folder.mkdir()
+  for where, flag in ((None, f'--input={folder}'), (folder, '--input=x')):
+    done = subprocess.run([sys.executable, '-m', 'demix', 'prepare', flag, '--out=s'], cwd=where,
+                          env=os.environ | {'PYTHONPATH': str(ROOT)}, capture_output=True)
+    assert done.returncode == 2 and b'udce9' in done.stderr and b'is not UTF-8' in done.stderr
+
+
+@pytest.mark.parametrize('log', [27, 28, 31])
+def test_frames_of_any_window_are_read(tmp_path, log):
+  file = tmp_path / 'train.jsonl.zst'
+  window = zstandard.ZstdCompressionParameters(window_log=log, hash_log=6, chain_log=6)
+  writer = zstandard.ZstdCompressor(compression_params=window).compressobj()
+  file.write_bytes(writer.compress(jsonl(TEXTS)) + writer.flush())
+  assert zstandard.get_frame_parameters(file.read_bytes()).window_size == 1 << log
+  assert read(file) == TEXTS
+
+
+def test_frames_that_hold_no_text_are_passed_over(tmp_path):
+  file = tmp_path / 'train.jsonl.zst'
+  skippable = b'\x50\x2a\x4d\x18\x05\0\0\0hello'
+  whole = COMPRESS['.zst'](jsonl(TEXTS))
+  file.write_bytes(skippable + whole + skippable + COMPRESS['.zst'](b''))
+  assert read(file) == TEXTS

@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import formats
 import numpy as np
@@ -10,7 +11,7 @@ from corpus_cases import document, jsonl, refused, verb, write
 
 from demix.data.batches import Batches, DataConfig
 from demix.data.prepare import PrepareConfig, prepare
-from demix.data.sources import corpus
+from demix.data.sources import corpus, token_files
 from demix.data.store import TokenStore
 from demix.errors import BadInput
 
@@ -349,3 +350,17 @@ def test_a_token_file_without_an_end_takes_bounded_memory(tmp_path, monkeypatch)
            for w, r in part.records(20, lambda n: None)]
   assert found == [('1', None), ('2', (31, 'bbb')), ('3', (35, '')), ('4', (36, 'c' * 9)),
                    ('5', (46, 'dddd'))]
+
+
+def test_a_dtype_that_ids_do_not_fit_is_refused(tmp_path):
+  file = tmp_path / 'x'
+  np.array([5, 0, 6, 0], '<u2').tofile(file)
+  def opened(vocab_size, end, eod_id, dtype):
+    tokenizer = SimpleNamespace(vocab_size=vocab_size, eod_id=end)
+    return token_files.TokenFile(file, 'x', tokenizer, dtype, eod_id)
+  for case in ((65_536, 65_535, 65_535), (65_537, 65_536, 0), (257, 256, 256)):
+    opened(*case, 'uint16')
+  for case in ((65_537, 65_536, 65_536), (65_538, 65_537, 0), (70_000, 3, 3), (257, 256, 65_536)):
+    opened(*case, 'uint32')
+    with pytest.raises(BadInput, match='uint16 holds 65535 at most: set dtype'):
+      opened(*case, 'uint16')

@@ -1,4 +1,5 @@
 import io
+import json
 import pickle
 import subprocess
 import sys
@@ -167,6 +168,50 @@ def test_a_file_that_is_no_pipeline_is_refused(tmp_path, content, why):
   for path in (tmp_path, tmp_path / 'tokenizer.json'):
     with pytest.raises(BadInput, match=rf'^{tmp_path}/tokenizer\.json: {why}'):
       JsonTokenizer.from_file(path)
+
+
+ADDED = {'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False,
+         'special': True}
+
+
+def spec_of(model, *added):
+  engine = hf.Tokenizer(model)
+  engine.pre_tokenizer = pre_tokenizers.Whitespace()
+  return json.loads(engine.to_str()) | {'added_tokens': [
+      {'id': i, 'content': content, **ADDED} for i, content in added]}
+
+
+def unigram(**change):
+  spec = spec_of(models.Unigram([('a', -1.0), ('b', -2.0)], 0))
+  return spec | {'model': spec['model'] | change}
+
+
+@pytest.mark.parametrize('spec, why', [
+    (spec_of(models.WordLevel({'a': 0, 'u': 1}, 'u'), (70000, '<x>')), 'has id 70000, but is read'),
+    (spec_of(models.WordLevel({'a': 0, 'u': 1}, 'u'), (1, '<x>')), 'has id 1, but is read as 2'),
+    (spec_of(models.WordLevel({'a': 0, 'u': 1}, 'u'), (2, '<x>'), (2, '<y>')), 'is read as 3'),
+    ({'model': {'type': 'WordLevel', 'vocab': {'a': 0, 'b': 0, 'u': 1}, 'unk_token': 'u'}},
+     'both have id 0'),
+    (spec_of(models.WordLevel({'a': 1 << 31, 'u': 1}, 'u')), 'has id 2147483648: ids are below'),
+    (spec_of(models.WordLevel({'a': 0}, 'u')), "lacks its unknown token 'u'"),
+    (spec_of(models.WordPiece({'a': 0}, unk_token='u')), "lacks its unknown token 'u'"),
+    (spec_of(models.BPE({'a': 0}, [], unk_token='u')), 'cannot encode every text'),
+    (unigram(unk_id=None), 'lacks its unknown token'),
+    ({'model': {'type': 'WordLevel', 'vocab': {'a': -1}, 'unk_token': 'a'}}, 'not a tokenizer'),
+])
+def test_ids_that_cannot_be_are_refused(tmp_path, spec, why):
+  path = tmp_path / 'tokenizer.json'
+  path.write_text(json.dumps(spec))
+  with pytest.raises(BadInput, match=why) as error:
+    JsonTokenizer.from_file(path)
+  assert str(path) in str(error.value)
+
+
+def test_ids_with_a_gap_in_the_vocabulary_are_read(tmp_path):
+  path = tmp_path / 'tokenizer.json'
+  path.write_text(json.dumps(spec_of(models.WordLevel({'a': 7, 'u': 1}, 'u'))))
+  made = JsonTokenizer.from_file(path)
+  assert made.vocab_size == 9 and made.encode(['a b'])[0].tolist() == [7, 1]
 
 
 def test_dropout_is_refused(tmp_path):

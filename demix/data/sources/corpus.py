@@ -16,10 +16,10 @@ from demix.data.sources.parquet import Parquet
 from demix.data.sources.part import Fields, HeldOut, Part
 from demix.data.sources.text import PlainText
 from demix.errors import BadInput
+from demix.names import RULE, is_name, why_no_domain
 from demix.settings import nearest, option
 
 SPLITS = ('train', 'valid', 'test')
-NAME = re.compile(r'[A-Za-z0-9_-]+')
 # What others call a split, tried in this order where an entry does not say.
 _ALIASES = {'train': ('train',), 'valid': ('valid', 'validation', 'dev', 'val'), 'test': ('test',)}
 # Options that some sources read and others do not.
@@ -53,9 +53,7 @@ class Entry:
 
   def check(self, where: str):
     """BadInput for what cannot be."""
-    if not NAME.fullmatch(self.name) or self.name == 'tokenizer':
-      why = 'the token store keeps its tokenizer there' if self.name == 'tokenizer' else \
-          'names of domains are letters, digits, _ and -'
+    if why := why_no_domain(self.name):
       raise BadInput(f'{where}.name: {self.name!r} cannot be a domain ({why})')
     if self.source not in _OPENERS:
       raise BadInput(f'{where}.source: {self.source!r} is no source'
@@ -68,11 +66,13 @@ class Entry:
         raise BadInput(f'{where}.splits: no split {split!r}{nearest(split, SPLITS)}')
     if not 0 <= self.heldout < 0.5:
       raise BadInput(f'{where}.heldout={self.heldout}: a share from 0 to below 0.5')
-    if self.group and not NAME.fullmatch(self.group):
-      raise BadInput(f'{where}.group: {self.group!r}: names of groups are letters, digits, _ and -')
+    if self.group and not is_name(self.group):
+      raise BadInput(f'{where}.group: {self.group!r} cannot be a group ({RULE})')
     if self.dtype not in token_files.DTYPES:
       raise BadInput(f'{where}.dtype: {self.dtype!r} is not one of '
                      f'{", ".join(token_files.DTYPES)}')
+    if self.eod_id < -1:
+      raise BadInput(f"{where}.eod_id={self.eod_id}: an id, or -1 for the tokenizer's")
     usual = Entry()
     for name, sources in _OPTIONS.items():
       if getattr(self, name) != getattr(usual, name) and self.source not in sources:

@@ -9,6 +9,7 @@ import xxhash
 
 from demix.data.sources.part import Part
 from demix.errors import BadInput
+from demix.names import shown
 
 _CHUNK = 1 << 20
 
@@ -49,7 +50,7 @@ class FilePart(Part):
   """A part that is one file."""
 
   def __init__(self, path: Path, key: str = ''):
-    self.path, self.key = path, key or path.name
+    self.path, self.key = path, shown(key or path.name)
     self.stamps = {path: stamp(path)}
     self.size = self.stamps[path][0]
 
@@ -69,7 +70,7 @@ class FilesPart(Part):
   """
 
   def __init__(self, name: str, paths):
-    self.key = name
+    self.key = shown(name)
     self.stamps = {p: stamp(p) for p in map(Path, paths)}
     self.size = sum(size for size, _ in self.stamps.values())
 

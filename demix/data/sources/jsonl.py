@@ -10,6 +10,9 @@ from demix.data.sources.part import FIELDS, Fields, json_type, utf8
 from demix.errors import BadInput
 
 _CHUNK = 1 << 18
+# What zstd --long=31 asks for, its most; the library stops at 128 MiB. Only what is used of it is
+# memory.
+_WINDOW = 1 << 31
 # One step of zstd turns 4 bytes into at most 128 KiB, so this many into at most 32 MiB.
 _ZST_STEP = 1 << 10
 
@@ -110,7 +113,7 @@ def _zst(file, on_bytes):
     for at in range(0, len(data), _ZST_STEP):
       step = data[at:at + _ZST_STEP]
       while step:
-        frame = frame or zstandard.ZstdDecompressor().decompressobj()
+        frame = frame or zstandard.ZstdDecompressor(max_window_size=_WINDOW).decompressobj()
         try:
           out = frame.decompress(step)
         except zstandard.ZstdError as e:

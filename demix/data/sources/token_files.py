@@ -24,6 +24,13 @@ class TokenFile(FilePart):
   def __init__(self, path, key, tokenizer, dtype: str, eod_id: int):
     super().__init__(path, key)
     self.tokenizer, self.dtype, self.eod_id = tokenizer, np.dtype(dtype).newbyteorder('<'), eod_id
+    top, most = tokenizer.vocab_size - 1, np.iinfo(self.dtype).max
+    if tokenizer.eod_id == top and eod_id != top:
+      top -= 1  # the file ends documents by another id than the store
+    if max(top, eod_id) > most:
+      raise BadInput(f'{path}: ids of this tokenizer go up to {top}, documents end with {eod_id}, '
+                     f'and {dtype} holds {most} at most: set dtype (uint32) as the file was '
+                     'written, and eod_id')
     if self.size % self.dtype.itemsize:
       raise BadInput(f'{path}: {self.size} bytes are no whole number of {dtype} ids: name another '
                      'dtype, or copy it again')
