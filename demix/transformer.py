@@ -370,10 +370,11 @@ class Transformer(nnx.Module):
       return (x, cache), None
 
     cache = dict(cache) if cache is not None else None
-    if execution.scan:
-      (x, cache), _ = jax.lax.scan(period, (x, cache), jnp.arange(1, c.layers // c.period))
+    later = range(1, c.layers // c.period)
+    if execution.scan and later:  # of no periods a scan would still trace one, on an empty cache
+      (x, cache), _ = jax.lax.scan(period, (x, cache), jnp.asarray(later))
     else:
-      for i in range(1, c.layers // c.period):
+      for i in later:
         (x, cache), _ = period((x, cache), i)
     return self.final_norm(x), cache
 
