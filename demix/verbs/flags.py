@@ -125,7 +125,30 @@ def load_config(reference: str) -> ConfigDict:
   Raises:
     BadInput: no such file, or it or its get_config fails; its error is given.
   """
-  file, given, arg = reference.partition(':')
+  config = call(reference, 'get_config', *split_argument(reference)[1:])
+  if not isinstance(config, ConfigDict):
+    raise BadInput(f'--config={reference}: get_config() returned {type(config).__name__}: '
+                   'expected a ConfigDict (demix.config.config_dict makes one)')
+  return config
+
+
+def split_argument(text: str) -> list[str]:
+  """FILE[:ARG] → [FILE] or [FILE, ARG]: the longest FILE that exists, so either may have a ':'."""
+  parts = text.split(':')
+  for count in range(len(parts), 0, -1):
+    file, rest = ':'.join(parts[:count]), parts[count:]
+    if os.path.isfile(file):
+      return [file, ':'.join(rest)] if rest else [file]
+  return text.split(':', 1)
+
+
+def call(reference: str, function: str, *args):
+  """What a function of a config file returns.
+
+  Raises:
+    BadInput: no such file or function, or one of them fails; its error is given.
+  """
+  file = split_argument(reference)[0]
   if not os.path.isfile(file):
     raise BadInput(f'--config={reference}: no such file {file!r} (configs lie in configs/)')
   spec = importlib.util.spec_from_file_location('config_file', file)
@@ -134,15 +157,11 @@ def load_config(reference: str) -> ConfigDict:
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)
-    config = module.get_config(*([arg] if given else []))
+    return getattr(module, function)(*args)
   except DemixError as e:
     raise BadInput(f'--config={reference}: {e}') from None
   except Exception as e:
     raise BadInput(f'--config={reference}: {type(e).__name__}: {e}') from e
-  if not isinstance(config, ConfigDict):
-    raise BadInput(f'--config={reference}: get_config() returned {type(config).__name__}: '
-                   'expected a ConfigDict (demix.config.config_dict makes one)')
-  return config
 
 
 def require(value: str, flag: str, what: str) -> str:
