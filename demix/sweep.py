@@ -30,7 +30,7 @@ def runs(config: str) -> list[tuple[str, list[str]]]:
   found = call(config, 'get_hyper')
   if not isinstance(found, list) or not all(isinstance(setting, dict) for setting in found):
     raise BadInput(f'{config}: get_hyper() returned {type(found).__name__} {str(found)[:60]!r}: '
-                   "expected a list of {dotted path: value}, [{'seed': 0}, {'seed': 1}] for example")
+                   "expected a list like [{'seed': 0}, {'seed': 1}]")
   if not found:
     raise BadInput(f'{config}: get_hyper() returned no settings: there is nothing to run')
   seen, out = {}, []

@@ -18,7 +18,6 @@ from demix import settings, sweep
 from demix.config import Config, complete
 from demix.data.prepare import PrepareConfig, _check
 from demix.data.sources import corpus
-from demix.errors import BadInput
 from demix.mix.mixture import MixConfig
 from demix.optimizer import AdamW
 from demix.params import Model
@@ -249,8 +248,8 @@ def test_what_is_no_sweep_is_refused_in_one_line(tmp_path, capsys, source, text)
   assert re.match(f'error: .*{text}', said.err), said.err
 
 
-VALUES = ['/x/W@20', '../../../elsewhere', '', '.', '..', 'a#b', 'a:b', 'a=b', '100%', '%2F', '/', 'é',
-          'a b', 'x' * 300, 'x' * 299 + 'y', ('a', 'b'), 1, 2.5, -1]
+VALUES = ['/x/W@20', '../../../elsewhere', '', '.', '..', 'a#b', 'a:b', 'a=b', '100%', '%2F', '/',
+          'é', 'a b', 'x' * 300, 'x' * 299 + 'y', ('a', 'b'), 1, 2.5, -1]
 
 
 def test_folders_of_a_sweep_can_be_named_as_models_and_no_two_are_one(tmp_path):

@@ -34,7 +34,8 @@ LEVELS = (
     'language_model',
     'multiple_choice',
     'analysis',
-    'verbs sweep',
+    'verbs',
+    'sweep',
     '__main__',
 )
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names.split()}
