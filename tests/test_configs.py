@@ -16,7 +16,7 @@ from cases import some
 
 from demix import settings, sweep
 from demix.config import Config, complete
-from demix.data.prepare import PrepareConfig, _check
+from demix.data.prepare import PrepareConfig
 from demix.data.sources import corpus
 from demix.mix.mixture import MixConfig
 from demix.optimizer import AdamW
@@ -169,7 +169,7 @@ def test_the_papers_recipe(size):
 def test_the_eight_domains_are_the_papers_and_their_entries_can_be():
   content = load_config('configs/corpora/demix_eight.py:1e9').to_dict()
   config = settings.from_dict(PrepareConfig, content)
-  _check(config)
+  config.check()
   entries = corpus.entries(config.corpus, config.domains)
   assert tuple(entries) == PAPER and config.max_bytes == 10**9
   assert all(e.licence for several in entries.values() for e in several)
@@ -181,7 +181,7 @@ def test_the_quick_start_arms_differ_in_the_ffn_only_and_fit_their_corpus():
   assert {k for k in flat if flat[k] != other[k]} == {'model.ffn', 'model.experts'}
   content = load_config('configs/quickstart_corpus.py').to_dict()
   prepared = settings.from_dict(PrepareConfig, content)
-  _check(prepared)
+  prepared.check()
   assert len(dense.data.domains) == 4 and len(prepared.domains) == 5  # four and one held out
   assert set(dense.data.domains) < set(prepared.domains)
 
@@ -235,7 +235,7 @@ def test_sweep_prints_a_folder_and_flags_a_shell_can_read(tmp_path):
     ('def get_hyper(): raise ValueError("no")', 'ValueError: no'),
     ('def get_hyper(): return []', r'returned no settings'),
     ('def get_hyper(): return {"seed": 1}', "returned dict .* expected a list"),
-    ('def get_hyper(): return [1]', 'expected a list of'),
+    ('def get_hyper(): return [1]', "returned list .* expected a list"),
     ('def get_hyper(): return [{"sede": 1}]', r"get_hyper\(\)\[0\]\.sede: no such key .*'seed'"),
     ('def get_hyper(): return [{"seed": "1\\n2"}]', 'one line'),
     ('def get_hyper():\n  return [{"seed": 1}, {"seed": 1}]', 'same values')])

@@ -82,6 +82,11 @@ class Verb:
                      f'(python -m demix {self.name} --help)')
     self.configs = {name: settings.from_dict(cls, getattr(self.flags, name).to_dict(), name)
                     for name, cls in self._configs.items()}
+    for name, config in self.configs.items():
+      if f'{name}_words' in self.flags:  # the verb's words may change what it needs
+        settings.check_values(config, f'{name}.')
+      else:
+        config.check()
     return self.flags, next(iter(self.configs.values()), None)
 
   def _define_config(self, argv, name, cls) -> list[str]:
