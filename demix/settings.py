@@ -84,6 +84,9 @@ def _coerce(value, default, path):
     for v in value:
       parts.extend(p.strip() for p in v.split(',') if p.strip()) if isinstance(v, str) \
           else parts.append(v)
+    for v in parts:
+      if not isinstance(v, (str, Mapping)):  # of config.corpus an entry
+        raise BadInput(f'{path}: expected names, got {type(v).__name__} {v!r}')
     return tuple(parts)
   if isinstance(default, dict):
     if not isinstance(value, Mapping):
@@ -185,8 +188,17 @@ def _range(field) -> str:
 
 
 def check_path(cls, path: str, start: str = 'config'):
-  """BadInput unless `path` ('model.d_model') names a field of `cls`, a group of it, or a key of a
-  dict; the nearest name is given."""
+  """The field that a dotted path names.
+
+  Returns:
+    its default, its path, and the key where the rest of the path is one of a dict ('' otherwise):
+    'data.weights.web-text' → {}, 'data.weights', 'web-text'.
+
+  Raises:
+    BadInput: no such field (the nearest name is given), a group of them, or a path that goes on.
+  """
+  if path.endswith('.'):
+    raise BadInput(f'{start}.{path}: no name after the last dot')
   name, _, rest = path.partition('.')
   fields = {f.name: f for f in dataclasses.fields(cls)}
   if name not in fields:
@@ -196,9 +208,11 @@ def check_path(cls, path: str, start: str = 'config'):
     if not rest:
       raise BadInput(f'{where}: a group of keys: set one of them, '
                      f'{where}.{dataclasses.fields(default)[0].name} for example')
-    check_path(type(default), rest, where)
-  elif rest and not isinstance(default, dict):
+    found, inner, key = check_path(type(default), rest, where)
+    return found, f'{name}.{inner}', key
+  if rest and not isinstance(default, dict):
     raise BadInput(f'{where}: has no keys, {path!r} goes too deep')
+  return default, name, rest
 
 
 def to_dict(config) -> dict:

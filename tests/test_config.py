@@ -22,6 +22,7 @@ from demix.config import (
 from demix.data.batches import DataConfig
 from demix.data.store import TokenStore
 from demix.errors import BadInput
+from demix.mix.mixture import MixConfig
 from demix.optimizer import OptimizerConfig
 from demix.transformer import ModelConfig
 from demix.verbs.flags import Help, Verb
@@ -73,6 +74,9 @@ def test_without_flags_the_defaults():
     ('--config.data.domains=legal,code', 'data.domains', ['legal', 'code']),
     ("--config.data.domains=('legal','code')", 'data.domains', ['legal', 'code']),
     ('--config.data.domains=', 'data.domains', []),
+    ('--config.data.domains=None', 'data.domains', ['None']),
+    ('--config.data.domains=1,1e3,web-text', 'data.domains', ['1', '1e3', 'web-text']),
+    ('--config.data.domains=["a","b-c"]', 'data.domains', ['a', 'b-c']),
     ('--config.data.weights.legal=2', 'data.weights', {'legal': 2}),
     ('--config.data.weights.legal=0.25', 'data.weights', {'legal': 0.25}),
     ('--config.data.schedule=8 a=4 b=1, 9 a=.5', 'data.schedule', '8 a=4 b=1, 9 a=.5'),
@@ -88,6 +92,22 @@ def test_an_override_by_dotted_path(flag, path, value):
 def test_overrides_of_a_dict_add_up():
   assert parse('--config.data.weights.legal=2', '--config.data.weights.code=1',
                '--config.data.sampling=weights').data.weights == {'legal': 2, 'code': 1}
+
+
+NAMES = ['alpha-cipher', 'alpha', 'alpha-', '1b', '007', '1e3', 'a_b', '_a', '-a', 'a--b', 'None',
+         'if', 'member/expert']
+
+
+def test_a_key_of_a_dict_is_any_name_of_a_domain(file):
+  """Names have dashes, digits in front, and begin alike; what a file gives stays."""
+  shares = {name: i + 0.5 for i, name in enumerate(NAMES)}
+  flags = [f'--config.data.weights.{name}={share}' for name, share in shares.items()]
+  assert parse(*flags, '--config.data.sampling=weights').data.weights == shares
+  spaced = [part for flag in flags for part in flag.split('=')]
+  assert parse(*spaced, f'--config={file}').data.weights == shares | {'legal': 1.0, 'code': 1.0}
+  mixed = parse(*(f.replace('config.data', 'config') for f in flags), '--config.prior=fixed',
+                cls=MixConfig)
+  assert mixed.weights == shares
 
 
 @pytest.mark.parametrize('form', [lambda f: [f'--config={f}'], lambda f: ['--config', str(f)]])
@@ -111,6 +131,10 @@ def test_a_file_its_argument_and_overrides_in_any_order(file, form, last):
     ('--config.train.tensorboard=maybe', "'maybe'"),
     ('--config.optimizer.learning_rate=fast', "'fast'"),
     ('--config.data.weights=3', 'data.weights'),
+    ('--config.data.domains=(1,2)', 'config.data.domains: expected names, got int 1'),
+    ('--config.data.domains=(a', "'(' was never closed"),
+    ('--config.data.weights.=2', 'config.data.weights.: no name'),
+    ('--config.data.weights.a-b', 'config.data.weights.a-b: no value given'),
     ('--wrkdir=W', "'wrkdir'. Did you mean: workdir"),
     ('extra', "unexpected argument 'extra'"),
     ('--config=missing.py', "no such file 'missing.py'"), ('--config', "no such file ''"),

@@ -1,5 +1,6 @@
 """The flags of a verb: absl flags and ml-collections config flags, with one-line errors."""
 
+import ast
 import importlib.util
 import os
 import re
@@ -91,15 +92,21 @@ class Verb:
 
   def _define_config(self, argv, name, cls) -> list[str]:
     """Declares a config and its overrides; returns argv without --NAME=FILE."""
-    file, rest, words = None, [], list(argv)
+    file, rest, own, words = None, [], [], list(argv)
     takes_words = f'{name}_words' in self.flags
     while words:
       word = words.pop(0)
       flag, equals, value = word.partition('=')
       if flag not in (f'--{name}', f'-{name}'):
-        if found := re.match(rf'--?{name}\.([^=]*)', word):
-          settings.check_path(cls, found[1], name)
-        rest.append(word)
+        found = re.match(rf'--?{name}\.(.*)', flag)
+        default, path, key = settings.check_path(cls, found[1], name) if found else (0, '', '')
+        if not key and not isinstance(default, tuple):
+          rest.append(word)
+          continue
+        # Names of domains: taken as they are, not as ml_collections reads a path or a literal.
+        if not equals and (not words or words[0].startswith('-')):
+          raise BadInput(f'{flag}: no value given: {flag}=VALUE')
+        own.append((path, key, value if equals else words.pop(0)))
         continue
       if not equals:
         value = words.pop(0) if words and not words[0].startswith('-') else ''
@@ -109,6 +116,9 @@ class Verb:
       if takes_words:
         rest.append(f'--{name}_words={"file" if known else value or "all"}')
     config = load_config(file) if file is not None else ConfigDict(settings.to_dict(cls()))
+    with config.unlocked():
+      for path, key, value in own:
+        _override(config, path, key, value)
     # New attributes are let through here and refused in settings.from_dict, which lets a dict of
     # domains take any key.
     config_flags.DEFINE_config_dict(name, config, flag_values=self.flags, sys_argv=rest,
@@ -122,6 +132,25 @@ class Verb:
       lines += ['', f'Keys of --{name} and their defaults:',
                 *settings.describe(cls, f'--{name}.')]
     return '\n'.join(lines)
+
+
+def _override(config: ConfigDict, path: str, key: str, text: str):
+  """Sets a key of a dict, or a tuple of names, from the text of a flag."""
+  *groups, last = path.split('.')
+  for group in [*groups, last] if key else groups:
+    if group not in config:  # a file may leave groups out
+      config[group] = ConfigDict()
+    config = config[group]
+  if not key:
+    config[last] = tuple(ast.literal_eval(text)) if text[:1] in ('(', '[') else (text,)
+    return
+  try:
+    value = ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    value = text
+  if isinstance(config.get(key), float) and isinstance(value, int):
+    value = float(value)
+  config[key] = value
 
 
 def load_config(reference: str) -> ConfigDict:
