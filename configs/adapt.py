@@ -14,9 +14,9 @@ weight decay, 8 % warm-up, linear decay, tokens per update, fresh moments. The p
 """
 
 from demix.config import Config, InitConfig, TrainConfig, config_dict
-from demix.data.batches import DataConfig
-from demix.optimizer import OptimizerConfig
-from demix.transformer import ExecutionConfig
+from demix.data.data_config import DataConfig
+from demix.model_config import ExecutionConfig
+from demix.optimizer_config import OptimizerConfig
 
 ARMS = {
     'demix': dict(expert='nearest', trainable='ffn'),

@@ -8,9 +8,9 @@ Time: README, "what it costs". Numbers: README, the results table.
 """
 
 from demix.config import Config, TrainConfig, config_dict
-from demix.data.batches import DataConfig
-from demix.optimizer import OptimizerConfig
-from demix.transformer import ExecutionConfig, preset
+from demix.data.data_config import DataConfig
+from demix.model_config import ExecutionConfig, preset
+from demix.optimizer_config import OptimizerConfig
 
 ARMS = {
     'dense': {},

@@ -9,9 +9,9 @@ for a forest of as many tokens in five minutes. README says what came out.
 
 from configs.quickstart_corpus import TRAIN
 from demix.config import Config, TrainConfig, config_dict
-from demix.data.batches import DataConfig
-from demix.optimizer import OptimizerConfig
-from demix.transformer import preset
+from demix.data.data_config import DataConfig
+from demix.model_config import preset
+from demix.optimizer_config import OptimizerConfig
 
 
 def get_config(arm='dense'):

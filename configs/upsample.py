@@ -11,9 +11,9 @@ whose corpus it runs on, so about a minute. Whoever changes train.steps gives da
 
 from configs.quickstart_corpus import TRAIN
 from demix.config import Config, TrainConfig, config_dict
-from demix.data.batches import DataConfig
-from demix.optimizer import OptimizerConfig
-from demix.transformer import ExecutionConfig, preset
+from demix.data.data_config import DataConfig
+from demix.model_config import ExecutionConfig, preset
+from demix.optimizer_config import OptimizerConfig
 
 STEPS, SHARE = 300, 5
 ARMS = {

@@ -1,5 +1,6 @@
 """One Config for everything that trains, composed of the dataclasses that live beside what they
-configure, and how it is completed from the data and compared with a saved one."""
+configure, and how it is completed from the data and compared with a saved one. Read without
+JAX."""
 
 import dataclasses
 import os
@@ -9,47 +10,41 @@ import xxhash
 from ml_collections import ConfigDict
 
 from demix import settings
-from demix.data.batches import DataConfig
+from demix.data.data_config import DataConfig
 from demix.data.store import TokenStore
 from demix.errors import BadInput
-from demix.optimizer import OptimizerConfig
+from demix.mesh_config import MeshConfig
+from demix.model_config import ExecutionConfig, ModelConfig
+from demix.optimizer_config import OptimizerConfig
 from demix.settings import option
-from demix.sharding import MeshConfig
-from demix.together import LIFTS
-from demix.transformer import ExecutionConfig, ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
   """The loop."""
-  steps: int = option(1000, 'updates to train to; more than before goes on', operational=True)
-  accumulation: int = option(1, 'micro-batches per update (gradients of the whole batch)')
-  compute_dtype: str = option('float32', 'float32, or bfloat16 with float32 master weights')
+  steps: int = option(1000, 'updates to train to; more than before goes on', operational=True,
+                      low=1)
+  accumulation: int = option(1, 'micro-batches per update (gradients of the whole batch)', low=1)
+  compute_dtype: str = option('float32', 'float32, or bfloat16 with float32 master weights',
+                              choices=('float32', 'bfloat16'))
   lift: str = option('auto', 'several experts in one process (forest run --together): threads, '
-                     'map, vmap (demix/together.py) or auto', operational=True)
-  log_every: int = option(10, 'steps between lines of metrics.jsonl', operational=True)
+                     'map, vmap (demix/together.py) or auto', operational=True,
+                     choices=('auto', 'threads', 'map', 'vmap'))
+  log_every: int = option(10, 'steps between lines of metrics.jsonl', operational=True, low=1)
   eval_every: int = option(0, 'steps between evaluations on valid; 0: only at the end',
-                           operational=True)
-  eval_sequences: int = option(64, 'sequences per domain of such an evaluation', operational=True)
+                           operational=True, low=0)
+  eval_sequences: int = option(64, 'sequences per domain of such an evaluation', operational=True,
+                               low=1)
   checkpoint_every: int = option(500, 'steps between checkpoints; the last step always has one',
-                                 operational=True)
-  max_to_keep: int = option(2, 'newest checkpoints kept; 0: all', operational=True)
+                                 operational=True, low=0)
+  max_to_keep: int = option(2, 'newest checkpoints kept; 0: all', operational=True, low=0)
   keep_every: int = option(0, 'also keep checkpoints at multiples of this; 0: none',
-                           operational=True)
+                           operational=True, low=0)
   tensorboard: bool = option(True, 'write TensorBoard event files', operational=True)
 
   def check(self):
-    """Raises BadInput for values outside their range."""
-    for name in ('steps', 'accumulation', 'log_every', 'eval_sequences'):
-      if getattr(self, name) < 1:
-        raise BadInput(f'train.{name}={getattr(self, name)} is below 1')
-    for name in ('eval_every', 'checkpoint_every', 'max_to_keep', 'keep_every'):
-      if getattr(self, name) < 0:
-        raise BadInput(f'train.{name}={getattr(self, name)} is below 0: 0 turns it off')
-    if self.compute_dtype not in ('float32', 'bfloat16'):
-      raise BadInput(f'train.compute_dtype={self.compute_dtype!r}: float32 or bfloat16')
-    if self.lift not in LIFTS:
-      raise BadInput(f'train.lift={self.lift!r}: no such way{settings.nearest(self.lift, LIFTS)}')
+    """Raises BadInput for values that cannot be."""
+    settings.check(self, 'train.')
 
 
 # What may be trained: the leaves whose running name contains this. Norms are not part of an FFN.
@@ -64,38 +59,29 @@ class InitConfig:
   model: str = option('', "model that the run starts from: W, W@STEP or W#EXPERT; '': fresh "
                           'parameters. It brings its own model.*', operational=True)
   expert: str = option('', 'expert of that DEMix LM to take out as a dense LM: its name, or '
-                           "nearest: the highest posterior on the domain's valid text")
-  trainable: str = option('all', 'what is trained: all, or ffn (all else is frozen)')
+                           "nearest: the highest posterior on the domain's valid text",
+                       needs=('model',))
+  trainable: str = option('all', 'what is trained: all, or ffn (all else is frozen)',
+                          choices=tuple(TRAINABLE), needs=('model',))
   optimizer: str = option('fresh', 'fresh moments and schedule, or continue: moments, count of '
-                          "updates and schedule go on from the model's (BTM; all trained)")
+                          "updates and schedule go on from the model's (BTM; all trained)",
+                          choices=('fresh', 'continue'), needs=('model',))
   limit: int = option(200, 'nearest: sequences of valid text it is estimated on; 0: all',
-                      operational=True)
+                      operational=True, low=0, needs=('expert', NEAREST))
 
   def check(self):
     """Raises BadInput for values that cannot be."""
-    if self.trainable not in TRAINABLE:
-      raise BadInput(f'init.trainable={self.trainable!r}: no such choice'
-                     f'{settings.nearest(self.trainable, TRAINABLE)}')
-    if self.optimizer not in ('fresh', 'continue'):
-      raise BadInput(f'init.optimizer={self.optimizer!r}: no such choice'
-                     f'{settings.nearest(self.optimizer, ("fresh", "continue"))}')
+    settings.check(self, 'init.')
     if self.optimizer == 'continue' and (self.expert or self.trainable != 'all'):
       raise BadInput(f'init.optimizer=continue with init.expert={self.expert!r}, init.trainable='
                      f'{self.trainable}: moments go on for a whole model that is trained whole; '
                      'give init.optimizer=fresh')
-    if self.limit < 0:
-      raise BadInput(f'init.limit={self.limit} is below 0: 0 takes all valid text')
-    if not self.model:
-      for name, default in (('expert', ''), ('trainable', 'all'), ('optimizer', 'fresh')):
-        if getattr(self, name) != default:
-          raise BadInput(f'init.{name}={getattr(self, name)!r} without a model to start from: give '
-                         '--config.init.model=W')
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
   """An experiment."""
-  seed: int = option(0, 'of parameters and shuffles')
+  seed: int = option(0, 'of parameters and shuffles', low=0, high=(1 << 31) - 1)
   model: ModelConfig = option(ModelConfig(), 'the model')
   data: DataConfig = option(DataConfig(), 'the data')
   optimizer: OptimizerConfig = option(OptimizerConfig(), 'the optimizer')
@@ -103,6 +89,12 @@ class Config:
   train: TrainConfig = option(TrainConfig(), 'the loop')
   execution: ExecutionConfig = option(ExecutionConfig(), 'how the model is run')
   mesh: MeshConfig = option(MeshConfig(), 'devices')
+
+  def check(self):
+    """Raises BadInput for what a user gave and cannot be, as far as it shows without the data."""
+    settings.check(self)
+    for group in (self.model, self.optimizer, self.init, self.train, self.execution, self.mesh):
+      group.check()
 
 
 def config_dict(config: Config) -> ConfigDict:
@@ -124,6 +116,7 @@ def complete(config: Config, store: TokenStore, saved: dict | None = None,
     BadInput: a value that cannot be, a domain that the store lacks, a batch that does not divide.
   """
   data, model, optimizer = config.data, config.model, config.optimizer
+  config.check()
   experts = parent.experts if parent else ()
   domains = store.leaves(data.domains) or experts or tuple(
       d for d in store.domains if store.roles[d] == 'train')
@@ -136,10 +129,6 @@ def complete(config: Config, store: TokenStore, saved: dict | None = None,
                      f'{settings.nearest(name, (*store.domains, *store.groups))}')
   data = dataclasses.replace(data, domains=domains)
   data.check()
-  if not 0 <= config.seed < 1 << 31:
-    raise BadInput(f'seed={config.seed} is not between 0 and {(1 << 31) - 1}')
-  config.train.check()
-  optimizer.check()
   rows = data.batch_size // len(domains) if data.sampling == 'balanced' else data.batch_size
   if rows % config.train.accumulation:
     per = ' per domain' if data.sampling == 'balanced' else ''

@@ -106,6 +106,11 @@ class LanguageModel:
   def ids(self, text) -> np.ndarray:
     """int32 ids of a text (str), or the ids that are given, checked."""
     if isinstance(text, str):
+      try:
+        text.encode()
+      except UnicodeEncodeError as e:
+        raise BadInput(f'a text with a lone surrogate ({text[e.start]!r} at character {e.start}): '
+                       'it is no Unicode text; decode its bytes as UTF-8 first') from None
       return np.asarray(self.tokenizer.encode([text])[0], np.int32)
     ids = np.asarray(text)
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):

@@ -9,42 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from demix import tree
-from demix.errors import BadInput
-from demix.settings import nearest, option
-
-SCHEDULES = ('linear', 'cosine', 'wsd', 'constant')
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-  """AdamW and its schedule. The defaults are the papers' recipe (docs/method.md)."""
-  learning_rate: float = option(5e-4, 'peak learning rate')
-  schedule: str = option('linear', 'after warm-up: linear or cosine decay, wsd (warm-up, stable, '
-                                   'linear decay at the end) or constant')
-  schedule_steps: int = option(0, 'steps the schedule is laid out for; 0: train.steps at the '
-                                  'first start')
-  warmup_share: float = option(0.08, 'share of schedule_steps spent on linear warm-up')
-  decay_share: float = option(0.2, 'wsd only: share of schedule_steps spent on the final decay')
-  final_ratio: float = option(0.0, 'learning rate at the end, as a share of the peak')
-  b1: float = option(0.9, 'decay of the first moment')
-  b2: float = option(0.95, 'decay of the second moment')
-  eps: float = option(1e-7, 'added to the root of the second moment')
-  weight_decay: float = option(0.1, 'decoupled weight decay, times the learning rate')
-  no_decay: str = option('', "regex of leaves without decay ('bias|norm|embed'); '': all decay, "
-                             'as in the papers')
-  clip: float = option(0.1, 'global L2 norm that gradients are clipped to; 0: no clip')
-
-  def check(self):
-    """Raises BadInput for a value outside its range."""
-    if self.schedule not in SCHEDULES:
-      raise BadInput(f'optimizer.schedule={self.schedule!r}: no such schedule'
-                     f'{nearest(self.schedule, SCHEDULES)}')
-    for name in ('warmup_share', 'decay_share', 'final_ratio'):
-      if not 0 <= getattr(self, name) <= 1:
-        raise BadInput(f'optimizer.{name}={getattr(self, name)} is outside 0 … 1')
-    if self.warmup_share + self.decay_share * (self.schedule == 'wsd') > 1:
-      raise BadInput(f'optimizer.warmup_share={self.warmup_share} + decay_share='
-                     f'{self.decay_share} is above 1: they overlap')
+from demix.optimizer_config import OptimizerConfig
 
 
 def schedule(config: OptimizerConfig, steps: int):

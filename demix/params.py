@@ -45,6 +45,8 @@ class Model:
 
   def __post_init__(self):
     self.config.check()
+    if self.config.ffn == 'demix' and not self.config.experts:
+      raise BadInput('model.ffn=demix without experts: name domains in data.domains')
     self.execution.check()
 
   @property

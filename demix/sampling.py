@@ -2,35 +2,10 @@
 sorted: XLA's CPU backend takes 50 times a matrix product for that. A threshold is found bit by bit.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
-from demix.errors import BadInput
-from demix.settings import option
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingConfig:
-  """How text is drawn."""
-  max_tokens: int = option(128, 'tokens to write at most')
-  temperature: float = option(0.8, 'log-probabilities are divided by it; 0: greedy')
-  top_k: int = option(0, 'draw from the k most likely tokens only; 0: all')
-  top_p: float = option(1.0, 'draw from the fewest most likely tokens that have this probability')
-  seed: int = option(0, 'of the draws')
-  stop: tuple = option((), 'strings that end the text; they are left out of it')
-
-  def check(self):
-    """Raises BadInput for values that cannot be."""
-    if self.max_tokens < 1:
-      raise BadInput(f'max_tokens={self.max_tokens} is below 1')
-    if self.temperature < 0:
-      raise BadInput(f'temperature={self.temperature} is below 0: 0 is greedy')
-    if self.top_k < 0 or not 0 < self.top_p <= 1:
-      raise BadInput(f'top_k={self.top_k}, top_p={self.top_p}: at least 0; above 0 and at most 1')
-    if not 0 <= self.seed < 1 << 32:
-      raise BadInput(f'seed={self.seed} is not between 0 and {(1 << 32) - 1}')
+from demix.sampling_config import SamplingConfig
 
 
 def ordered(x):

@@ -3,18 +3,33 @@ the strict way from a dict (a config file, the command line, a saved config.json
 
 A field is *identity* (it defines the experiment: a workdir refuses another value) unless it is
 made with `operational=True` (it may change on resume). docs/contracts.md lists which is which.
+
+A field also says which values it takes; `check` refuses all others. Every number has a range
+(tests/test_ranges.py walks all fields).
 """
 
 import dataclasses
 import difflib
+import math
+import numbers
 from collections.abc import Mapping
 
 from demix.errors import BadInput
 
 
-def option(default, help: str, *, operational: bool = False):
-  """A dataclass field with its one-line help; mutable defaults (dict) are copied per instance."""
-  metadata = {'help': help, 'operational': operational}
+def option(default, help: str, *, operational: bool = False, low=None, high=None, above=None,
+           below=None, choices: tuple = (), needs: tuple = ()):
+  """A dataclass field with its one-line help; mutable defaults (dict) are copied per instance.
+
+  Args:
+    low, high: ends of a number's range, themselves in it; above, below: not in it. All numbers are
+      finite.
+    choices: the values that there are.
+    needs: (name of another field, values of it …): this one has an effect only with one of those;
+      without values, only where the other one is set.
+  """
+  metadata = {'help': help, 'operational': operational, 'low': low, 'high': high, 'above': above,
+              'below': below, 'choices': choices, 'needs': needs}
   if isinstance(default, dict) or dataclasses.is_dataclass(default):
     make = (lambda: dict(default)) if isinstance(default, dict) else (lambda: default)
     # A dict has no hash; configs that differ in one only are told apart by ==.
@@ -69,6 +84,9 @@ def _coerce(value, default, path):
     for v in value:
       parts.extend(p.strip() for p in v.split(',') if p.strip()) if isinstance(v, str) \
           else parts.append(v)
+    for v in parts:
+      if not isinstance(v, (str, Mapping)):  # of config.corpus an entry
+        raise BadInput(f'{path}: expected names, got {type(v).__name__} {v!r}')
     return tuple(parts)
   if isinstance(default, dict):
     if not isinstance(value, Mapping):
@@ -104,9 +122,83 @@ def from_dict(cls, mapping, path: str = 'config'):
   return cls(**values)
 
 
+def check_values(config, where: str = ''):
+  """Raises BadInput for a value that its field does not take, groups of fields included.
+
+  Args:
+    where: put before the names of fields: 'optimizer.' → 'optimizer.clip=-1.0 …'.
+  """
+  for f in dataclasses.fields(config):
+    value, name = getattr(config, f.name), f'{where}{f.name}'
+    if dataclasses.is_dataclass(value):
+      check_values(value, f'{name}.')
+    elif f.metadata['choices']:
+      if value not in f.metadata['choices']:
+        raise BadInput(f'{name}={value!r}: no such choice'
+                       f'{nearest(str(value), map(str, f.metadata["choices"]))}')
+    elif is_number(default_of(f)) and not _inside(value, default_of(f), f.metadata):
+      raise BadInput(f'{name}={value!r} is out of range: give {_range(f)} ({f.metadata["help"]})')
+
+
+def check_needs(config, where: str = ''):
+  """Raises BadInput for a value that is set where its field has no effect; `where`: see above."""
+  for f in dataclasses.fields(config):
+    value, name = getattr(config, f.name), f'{where}{f.name}'
+    if dataclasses.is_dataclass(value):
+      check_needs(value, f'{name}.')
+    elif f.metadata['needs'] and value != default_of(f):
+      key, *wanted = f.metadata['needs']
+      other = getattr(config, key)
+      usual = next(default_of(g) for g in dataclasses.fields(config) if g.name == key)
+      if other in wanted or (not wanted and other != usual):
+        continue
+      how = f'={" or ".join(map(str, wanted))}' if wanted else ''
+      raise BadInput(f'{name}={value!r} has no effect with {where}{key}={other!r}: leave it out, '
+                     f'or set {where}{key}{how}')
+
+
+def check(config, where: str = ''):
+  """`check_values` and `check_needs`: for what a user gives, not for what was saved."""
+  check_values(config, where)
+  check_needs(config, where)
+
+
+def is_number(value) -> bool:
+  """Whether a default is that of a field of numbers; a bool is none."""
+  return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _inside(value, default, ends) -> bool:
+  kind = numbers.Integral if isinstance(default, int) else numbers.Real
+  if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value):
+    return False
+  return ((ends['low'] is None or value >= ends['low'])
+          and (ends['above'] is None or value > ends['above'])
+          and (ends['high'] is None or value <= ends['high'])
+          and (ends['below'] is None or value < ends['below']))
+
+
+def _range(field) -> str:
+  """'a finite number, at least 0 and below 1'."""
+  words = (('low', 'at least'), ('above', 'above'), ('high', 'at most'), ('below', 'below'))
+  ends = [f'{word} {field.metadata[end]}' for end, word in words
+          if field.metadata[end] is not None]
+  kind = 'an integer' if isinstance(default_of(field), int) else 'a finite number'
+  return kind + (f', {" and ".join(ends)}' if ends else '')
+
+
 def check_path(cls, path: str, start: str = 'config'):
-  """BadInput unless `path` ('model.d_model') names a field of `cls`, a group of it, or a key of a
-  dict; the nearest name is given."""
+  """The field that a dotted path names.
+
+  Returns:
+    its default, its path, and the key where the rest of the path is one of a dict ('' otherwise):
+    'data.weights.web-text' → {}, 'data.weights', 'web-text'.
+
+  Raises:
+    BadInput: no such field (the nearest name is given), a group of them, or a path that goes on.
+  """
+  if path.endswith('.'):
+    raise BadInput(f'{start}.{path}: no name after the last dot')
   name, _, rest = path.partition('.')
   fields = {f.name: f for f in dataclasses.fields(cls)}
   if name not in fields:
@@ -116,9 +208,11 @@ def check_path(cls, path: str, start: str = 'config'):
     if not rest:
       raise BadInput(f'{where}: a group of keys: set one of them, '
                      f'{where}.{dataclasses.fields(default)[0].name} for example')
-    check_path(type(default), rest, where)
-  elif rest and not isinstance(default, dict):
+    found, inner, key = check_path(type(default), rest, where)
+    return found, f'{name}.{inner}', key
+  if rest and not isinstance(default, dict):
     raise BadInput(f'{where}: has no keys, {path!r} goes too deep')
+  return default, name, rest
 
 
 def to_dict(config) -> dict:

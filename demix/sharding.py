@@ -6,7 +6,6 @@ reduced inside its own group of devices only, and no collective of the forward p
 `expert` (DEMix, docs/method.md).
 """
 
-import dataclasses
 import math
 
 import jax
@@ -15,8 +14,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from demix import tree
 from demix.errors import BadInput, Refused
+from demix.mesh_config import MeshConfig
 from demix.progress import quantity
-from demix.settings import option
 
 AXES = ('expert', 'data', 'fsdp', 'model')
 
@@ -45,33 +44,6 @@ BATCH = PartitionSpec(('expert', 'data', 'fsdp'))
 
 # Less than this is never worth a refusal: biases and scales are whole on every device by rule.
 _SMALL = 1 << 20
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-  """Sizes of the mesh axes, one of which may be -1 (what is left of the devices); processes."""
-  data: int = option(-1, 'copies of the model, each with its share of the batch', operational=True)
-  fsdp: int = option(1, 'as data, with parameters split over the copies', operational=True)
-  expert: int = option(1, 'groups of domain experts', operational=True)
-  model: int = option(1, 'splits of heads and feed-forward width', operational=True)
-  max_replicated: float = option(0.05, 'share of the parameters that may stay whole where fsdp or '
-                                       'model is to split them', operational=True)
-  processes: int = option(1, 'processes of the run, all on these flags; 0: as SLURM, a TPU pod … '
-                             'says. A flag only', operational=True)
-  process: int = option(0, 'number of this process, where the environment does not say it',
-                        operational=True)
-  coordinator: str = option('', 'HOST:PORT that process 0 listens on, where the environment does '
-                                'not say it', operational=True)
-  patience: int = option(100, 'seconds without a sign of life of one process after which the '
-                              'others end', operational=True)
-
-  def check(self):
-    """Raises BadInput for values outside their range."""
-    if not 0 <= self.max_replicated <= 1:
-      raise BadInput(f'mesh.max_replicated={self.max_replicated} is outside 0 … 1')
-    for name, least in (('processes', 0), ('process', 0), ('patience', 1)):
-      if getattr(self, name) < least:
-        raise BadInput(f'mesh.{name}={getattr(self, name)} is below {least}')
 
 
 def make_mesh(config: MeshConfig, devices=None, experts: int = 0) -> Mesh:

@@ -24,8 +24,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from demix.errors import BadInput
 from demix.step import Program, make_step
 
-LIFTS = ('auto', 'threads', 'map', 'vmap')
-
 
 def lift(word: str, programs: list[Program], states: list[tuple[dict, dict]]):
   """States of runs, and how they take a step: an Each or a Stack.
@@ -39,7 +37,7 @@ def lift(word: str, programs: list[Program], states: list[tuple[dict, dict]]):
 
 
 def chosen(word: str, program: Program) -> str:
-  """One of LIFTS; auto is threads on CPU, vmap on accelerators and over an expert axis.
+  """threads, map or vmap; auto is threads on CPU, vmap on accelerators and over an expert axis.
 
   Raises:
     BadInput: one that the mesh cannot serve, or DEMix LMs over the axis that their experts lie on.

@@ -5,8 +5,6 @@ the domain experts. The leaves of equal blocks are stacked on a leading layer ax
 does not grow with depth.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,132 +14,14 @@ from demix.errors import BadInput
 from demix.layers import fused_attention, initializers
 from demix.layers.attention import Attention, mask_bias
 from demix.layers.domain_expert_ffn import DomainExpertFFN
-from demix.layers.feed_forward import ACTIVATIONS, FeedForward
+from demix.layers.feed_forward import FeedForward
 from demix.layers.norms import KINDS
-from demix.settings import nearest, option
+from demix.model_config import PRESETS, ExecutionConfig, ModelConfig, preset
+from demix.settings import nearest
+
+__all__ = ['PRESETS', 'ExecutionConfig', 'ModelConfig', 'Transformer', 'preset']
 
 TAPS = ('attention', 'ffn', 'block')
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-  """What defines the model. Zeros and empty tuples are filled from the data or from other keys."""
-  layers: int = option(4, 'N, blocks')
-  d_model: int = option(128, 'D, width of the residual stream')
-  heads: int = option(4, 'H, query heads')
-  kv_heads: int = option(0, 'key and value heads (grouped-query attention); 0: as heads')
-  head_size: int = option(0, 'K, width of a head; 0: d_model / heads')
-  d_ff: int = option(0, 'F, width of the feed-forward layer; 0: 4 · d_model')
-  ffn: str = option('dense', 'dense, or demix: a feed-forward layer per domain')
-  expert_every: int = option(1, 'demix FFN in every layer (1) or every second one (2)')
-  norm: str = option('layernorm', 'layernorm or rmsnorm')
-  norm_placement: str = option('pre', 'pre, or post: the sublayer output is normed (OLMo 2)')
-  qk_norm: bool = option(False, 'RMSNorm on each head of q and k')
-  positions: str = option('learned', 'learned or rotary')
-  rope_theta: float = option(10000.0, 'base of the rotary frequencies')
-  rope_scale: float = option(1.0, 'rotary positions are divided by this (linear scaling)')
-  activation: str = option('gelu', 'gelu (exact), gelu_tanh or swiglu')
-  biases: bool = option(True, 'biases in every linear layer and LayerNorm')
-  tied: bool = option(True, 'the output projection is the embedding table')
-  embed_scale: bool = option(True, 'embeddings are multiplied by sqrt(D) at the input')
-  init: str = option('fairseq', 'fairseq (as the papers trained) or normal (GPT-2)')
-  vocab_multiple: int = option(1, 'the embedding table is padded to a multiple of this')
-  vocab_size: int = option(0, 'V, ids that can be predicted or read; 0: from the data')
-  experts: tuple = option((), "E expert names; (): the run's domains when ffn=demix")
-  max_length: int = option(0, 'rows of the learned position table; 0: data.sequence_length')
-
-  @property
-  def head_width(self) -> int:
-    return self.head_size or self.d_model // self.heads
-
-  @property
-  def ff_width(self) -> int:
-    return self.d_ff or 4 * self.d_model
-
-  @property
-  def table_rows(self) -> int:
-    """Rows of the embedding table: vocab_size, padded."""
-    return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
-
-  @property
-  def period(self) -> int:
-    """Blocks after which the kinds of blocks repeat."""
-    return self.expert_every if self.ffn == 'demix' else 1
-
-  def check(self):
-    """Raises BadInput for a model that cannot be built."""
-    choices = {'ffn': ('dense', 'demix'), 'norm': KINDS, 'norm_placement': ('pre', 'post'),
-               'positions': ('learned', 'rotary'), 'activation': ACTIVATIONS,
-               'init': ('fairseq', 'normal'), 'expert_every': (1, 2)}
-    for name, known in choices.items():
-      value = getattr(self, name)
-      if value not in known:
-        raise BadInput(f'model.{name}={value!r}: no such choice'
-                       f'{nearest(str(value), map(str, known))}')
-    for a, b in (('d_model', 'heads'), ('heads', 'kv_heads'), ('layers', 'period')):
-      if (getattr(self, b) or 1) < 0 or getattr(self, a) % (getattr(self, b) or 1):
-        raise BadInput(f'model.{a}={getattr(self, a)} is not a multiple of {b}='
-                       f'{getattr(self, b)}: change one of them')
-    if self.positions == 'rotary' and self.head_width % 2:
-      raise BadInput(f'model.head_size={self.head_width} is odd: rotary positions need pairs')
-    if self.ffn == 'demix' and not self.experts:
-      raise BadInput('model.ffn=demix without experts: name domains in data.domains')
-
-
-# The papers' four sizes (fairseq transformer_lm_gpt3_*; docs/method.md) and small ones of the
-# same form; `llama` has RMSNorm, rotary positions, SwiGLU and no biases.
-PRESETS = {
-    'tiny': dict(layers=2, d_model=32, heads=2),
-    '1m': dict(layers=4, d_model=128, heads=4),
-    '10m': dict(layers=12, d_model=256, heads=8),
-    '125m': dict(layers=12, d_model=768, heads=12),
-    '350m': dict(layers=24, d_model=1024, heads=16),
-    '760m': dict(layers=24, d_model=1536, heads=16),
-    '1.3b': dict(layers=24, d_model=2048, heads=32),
-}
-LLAMA = dict(norm='rmsnorm', positions='rotary', activation='swiglu', biases=False,
-             embed_scale=False, init='normal')
-
-
-def preset(name: str, **changes) -> ModelConfig:
-  """A named model: 'gpt-125m' (the papers' form) or 'llama-125m', with fields changed."""
-  family, _, size = name.partition('-')
-  if family not in ('gpt', 'llama') or size not in PRESETS:
-    known = [f'{f}-{s}' for f in ('gpt', 'llama') for s in PRESETS]
-    raise BadInput(f'model preset {name!r} does not exist{nearest(name, known)}')
-  fields = dict(PRESETS[size])
-  if family == 'llama':  # two thirds of 4 D, so that three matrices cost what two did
-    fields |= LLAMA | dict(d_ff=-(-8 * fields['d_model'] // 3 // 64) * 64)
-  return ModelConfig(**(fields | changes))
-
-
-@dataclasses.dataclass(frozen=True)
-class ExecutionConfig:
-  """How the model is run; changes speed and memory, not what is computed (up to rounding)."""
-  scan: bool = option(True, 'walk the layers with lax.scan; False unrolls them', operational=True)
-  remat: str = option('none', 'recompute in the backward pass: none, dots (keep matmul results), '
-                      'offload (keep them in host memory) or full', operational=True)
-  loss_block: int = option(0, 'tokens per block of the cross-entropy, so that [B, L, V] logits are '
-                           'never stored; 0: all at once', operational=True)
-  attention: str = option('auto', 'auto: cudnn on GPUs, splash on TPUs, else plain; or one of them '
-                          '(plain where it cannot run, with a message)', operational=True)
-
-  def check(self):
-    """Raises BadInput for an unknown policy or kernel."""
-    fused_attention.check(self.attention)
-    if self.remat not in REMAT:
-      raise BadInput(f'execution.remat={self.remat!r}: no such policy{nearest(self.remat, REMAT)}')
-    if self.loss_block < 0:
-      raise BadInput(f'execution.loss_block={self.loss_block} is below 0: 0 turns it off')
-
-  def check_devices(self, devices):
-    """Raises BadInput when activations shall go to host memory and a device knows none."""
-    for device in devices if self.remat == 'offload' else ():
-      kinds = [memory.kind for memory in device.addressable_memories()]
-      if 'pinned_host' not in kinds:
-        raise BadInput(f'execution.remat=offload: {device.device_kind} has memory '
-                       f'{", ".join(kinds)} and no pinned_host to move activations to; take '
-                       'execution.remat=full or dots')
 
 
 def keep_dots(primitive, *_, **params) -> bool:
@@ -370,10 +250,11 @@ class Transformer(nnx.Module):
       return (x, cache), None
 
     cache = dict(cache) if cache is not None else None
-    if execution.scan:
-      (x, cache), _ = jax.lax.scan(period, (x, cache), jnp.arange(1, c.layers // c.period))
+    later = range(1, c.layers // c.period)
+    if execution.scan and later:  # of no periods a scan would still trace one, on an empty cache
+      (x, cache), _ = jax.lax.scan(period, (x, cache), jnp.asarray(later))
     else:
-      for i in range(1, c.layers // c.period):
+      for i in later:
         (x, cache), _ = period((x, cache), i)
     return self.final_norm(x), cache
 

@@ -22,6 +22,7 @@ from demix.config import (
 from demix.data.batches import DataConfig
 from demix.data.store import TokenStore
 from demix.errors import BadInput
+from demix.mix.mixture import MixConfig
 from demix.optimizer import OptimizerConfig
 from demix.transformer import ModelConfig
 from demix.verbs.flags import Help, Verb
@@ -73,19 +74,40 @@ def test_without_flags_the_defaults():
     ('--config.data.domains=legal,code', 'data.domains', ['legal', 'code']),
     ("--config.data.domains=('legal','code')", 'data.domains', ['legal', 'code']),
     ('--config.data.domains=', 'data.domains', []),
+    ('--config.data.domains=None', 'data.domains', ['None']),
+    ('--config.data.domains=1,1e3,web-text', 'data.domains', ['1', '1e3', 'web-text']),
+    ('--config.data.domains=["a","b-c"]', 'data.domains', ['a', 'b-c']),
     ('--config.data.weights.legal=2', 'data.weights', {'legal': 2}),
     ('--config.data.weights.legal=0.25', 'data.weights', {'legal': 0.25}),
     ('--config.data.schedule=8 a=4 b=1, 9 a=.5', 'data.schedule', '8 a=4 b=1, 9 a=.5'),
 ])
 def test_an_override_by_dotted_path(flag, path, value):
-  changed = settings.flatten(parse(flag))
-  assert changed == settings.flatten(Config()) | {path: value}
+  # weights and schedule are read with this way of sampling only
+  more = {'data.sampling': 'weights'} if path in ('data.weights', 'data.schedule') else {}
+  changed = settings.flatten(parse(flag, *(f'--config.{k}={v}' for k, v in more.items())))
+  assert changed == settings.flatten(Config()) | {path: value} | more
   assert type(changed[path]) is type(value)
 
 
 def test_overrides_of_a_dict_add_up():
-  assert parse('--config.data.weights.legal=2', '--config.data.weights.code=1').data.weights == {
-      'legal': 2, 'code': 1}
+  assert parse('--config.data.weights.legal=2', '--config.data.weights.code=1',
+               '--config.data.sampling=weights').data.weights == {'legal': 2, 'code': 1}
+
+
+NAMES = ['alpha-cipher', 'alpha', 'alpha-', '1b', '007', '1e3', 'a_b', '_a', '-a', 'a--b', 'None',
+         'if', 'member/expert']
+
+
+def test_a_key_of_a_dict_is_any_name_of_a_domain(file):
+  """Names have dashes, digits in front, and begin alike; what a file gives stays."""
+  shares = {name: i + 0.5 for i, name in enumerate(NAMES)}
+  flags = [f'--config.data.weights.{name}={share}' for name, share in shares.items()]
+  assert parse(*flags, '--config.data.sampling=weights').data.weights == shares
+  spaced = [part for flag in flags for part in flag.split('=')]
+  assert parse(*spaced, f'--config={file}').data.weights == shares | {'legal': 1.0, 'code': 1.0}
+  mixed = parse(*(f.replace('config.data', 'config') for f in flags), '--config.prior=fixed',
+                cls=MixConfig)
+  assert mixed.weights == shares
 
 
 @pytest.mark.parametrize('form', [lambda f: [f'--config={f}'], lambda f: ['--config', str(f)]])
@@ -109,6 +131,10 @@ def test_a_file_its_argument_and_overrides_in_any_order(file, form, last):
     ('--config.train.tensorboard=maybe', "'maybe'"),
     ('--config.optimizer.learning_rate=fast', "'fast'"),
     ('--config.data.weights=3', 'data.weights'),
+    ('--config.data.domains=(1,2)', 'config.data.domains: expected names, got int 1'),
+    ('--config.data.domains=(a', "'(' was never closed"),
+    ('--config.data.weights.=2', 'config.data.weights.: no name'),
+    ('--config.data.weights.a-b', 'config.data.weights.a-b: no value given'),
     ('--wrkdir=W', "'wrkdir'. Did you mean: workdir"),
     ('extra', "unexpected argument 'extra'"),
     ('--config=missing.py', "no such file 'missing.py'"), ('--config', "no such file ''"),
@@ -195,7 +221,7 @@ def test_a_schedule_keeps_the_length_of_the_first_start(store):
      r'accumulation=3 does not divide 8 sequences of'),
     ({'train': {'steps': 0}}, r'train\.steps=0'), ({'train': {'keep_every': -1}}, 'keep_every=-1'),
     ({'train': {'log_every': 0}}, 'log_every=0'), ({'train': {'max_to_keep': -1}}, 'max_to_keep'),
-    ({'train': {'compute_dtype': 'float16'}}, 'float32 or bfloat16'),
+    ({'train': {'compute_dtype': 'float16'}}, "compute_dtype='float16': no such choice"),
     ({'model': {'vocab_size': 9}}, 'come from the data'),
     ({'model': {'max_length': 9}}, 'come from the data'),
     ({'model': {'ffn': 'demix', 'experts': ('a', 'b')}}, 'come from the data'),
@@ -204,7 +230,7 @@ def test_a_schedule_keeps_the_length_of_the_first_start(store):
     ({'optimizer': {'schedule': 'linaer'}}, r"'linaer'.*did you mean 'linear'"),
     ({'optimizer': {'warmup_share': 2.0}}, r'warmup_share=2\.0'),
     ({'seed': -1}, 'seed=-1'), ({'seed': 1 << 31}, f'seed={1 << 31}'),
-    ({'data': {'weights': {'legal': 1}}}, r'sampling=balanced does not read it'),
+    ({'data': {'weights': {'legal': 1}}}, r"no effect with data\.sampling='balanced'"),
 ])
 def test_complete_refuses_what_cannot_be(store, changes, text):
   with pytest.raises(BadInput, match=text):

@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import json
+import re
 import subprocess
 import sys
 import types
@@ -15,12 +16,12 @@ from cases import some
 
 from demix import settings, sweep
 from demix.config import Config, complete
-from demix.data.prepare import PrepareConfig, _check
+from demix.data.prepare import PrepareConfig
 from demix.data.sources import corpus
-from demix.errors import BadInput
 from demix.mix.mixture import MixConfig
 from demix.optimizer import AdamW
 from demix.params import Model
+from demix.reference import Reference, parse
 from demix.step import make_step
 from demix.verbs.flags import Verb, load_config
 
@@ -168,7 +169,7 @@ def test_the_papers_recipe(size):
 def test_the_eight_domains_are_the_papers_and_their_entries_can_be():
   content = load_config('configs/corpora/demix_eight.py:1e9').to_dict()
   config = settings.from_dict(PrepareConfig, content)
-  _check(config)
+  config.check()
   entries = corpus.entries(config.corpus, config.domains)
   assert tuple(entries) == PAPER and config.max_bytes == 10**9
   assert all(e.licence for several in entries.values() for e in several)
@@ -180,7 +181,7 @@ def test_the_quick_start_arms_differ_in_the_ffn_only_and_fit_their_corpus():
   assert {k for k in flat if flat[k] != other[k]} == {'model.ffn', 'model.experts'}
   content = load_config('configs/quickstart_corpus.py').to_dict()
   prepared = settings.from_dict(PrepareConfig, content)
-  _check(prepared)
+  prepared.check()
   assert len(dense.data.domains) == 4 and len(prepared.domains) == 5  # four and one held out
   assert set(dense.data.domains) < set(prepared.domains)
 
@@ -230,10 +231,38 @@ def test_sweep_prints_a_folder_and_flags_a_shell_can_read(tmp_path):
 
 
 @pytest.mark.parametrize(('source', 'text'), [
-    (None, 'a.py'), ('x = 1', r'no get_hyper\(\)'),
+    (None, 'a.py'), ('x = 1', "no attribute 'get_hyper'"), ('def get_hyper(:', 'SyntaxError'),
+    ('def get_hyper(): raise ValueError("no")', 'ValueError: no'),
+    ('def get_hyper(): return []', r'returned no settings'),
+    ('def get_hyper(): return {"seed": 1}', "returned dict .* expected a list"),
+    ('def get_hyper(): return [1]', "returned list .* expected a list"),
+    ('def get_hyper(): return [{"sede": 1}]', r"get_hyper\(\)\[0\]\.sede: no such key .*'seed'"),
+    ('def get_hyper(): return [{"seed": "1\\n2"}]', 'one line'),
     ('def get_hyper():\n  return [{"seed": 1}, {"seed": 1}]', 'same values')])
-def test_what_is_no_sweep_is_refused(tmp_path, source, text):
+def test_what_is_no_sweep_is_refused_in_one_line(tmp_path, capsys, source, text):
   if source:
     (tmp_path / 'a.py').write_text(source)
-  with pytest.raises(BadInput, match=text):
-    sweep.runs(str(tmp_path / 'a.py'))
+  assert sweep.main([str(tmp_path / 'a.py')]) == 2
+  said = capsys.readouterr()
+  assert said.out == '' and said.err.count('\n') == 1
+  assert re.match(f'error: .*{text}', said.err), said.err
+
+
+VALUES = ['/x/W@20', '../../../elsewhere', '', '.', '..', 'a#b', 'a:b', 'a=b', '100%', '%2F', '/',
+          'é', 'a b', 'x' * 300, 'x' * 299 + 'y', ('a', 'b'), 1, 2.5, -1]
+
+
+def test_folders_of_a_sweep_can_be_named_as_models_and_no_two_are_one(tmp_path):
+  hyper = [{'init.model': v} for v in VALUES] + [{'data.path': v} for v in VALUES] + [
+      {'init.model': '1', 'data.path': '2'}, {'init.model': '1_path-2'}, {'train.steps': 2},
+      {'optimizer.schedule_steps': 2}, {}]
+  (tmp_path / 'a.py').write_text(f'def get_hyper(): return {hyper!r}')
+  found = sweep.runs(str(tmp_path / 'a.py'))
+  names = [name for name, _ in found]
+  assert len(set(names)) == len(hyper)
+  for name in names:
+    (tmp_path / 'all' / name).mkdir(parents=True)  # it can be a folder's name
+    assert parse(f'{name}@7#legal') == Reference(Path(name), 7, 'legal')
+  assert len(list((tmp_path / 'all').iterdir())) == len(hyper)
+  assert names[-1] == 'base' and found[-1][1] == []
+  assert sweep.runs(str(tmp_path / 'a.py')) == found

@@ -136,6 +136,19 @@ def test_weights_and_log_probabilities_are_those_of_scoring_the_text(way):
   np.testing.assert_allclose([t.logp for t in tokens], scored.logp_BL[0, at:], atol=2e-5)
 
 
+@pytest.mark.parametrize('scan', [True, False])
+@pytest.mark.parametrize('size', [dict(layers=1, ffn='dense'), dict(layers=1),
+                                  dict(layers=2, expert_every=2)])
+def test_a_model_of_one_period_writes_what_it_scores(size, scan):
+  model = tiny(scan=scan, **size)
+  mixed = Mixture(ExpertMembers(model), drawn(model))
+  tokens = list(Writer(mixed, PROMPT, SamplingConfig(max_tokens=4, temperature=1.0, seed=3)))
+  text = [*PROMPT, *(t.id for t in tokens)]
+  scored = mixed.score({'tokens_BL': np.asarray([text[:-1]]), 'targets_BL': np.asarray([text[1:]])})
+  np.testing.assert_allclose([t.logp for t in tokens], scored.logp_BL[0, len(PROMPT) - 1:],
+                             atol=2e-5)
+
+
 def test_a_token_and_its_weights_do_not_depend_on_what_follows():
   # A longer run begins as the shorter one; another seed changes no weight before the first
   # difference of the texts.

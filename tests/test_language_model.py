@@ -233,10 +233,19 @@ def test_generate_prints_the_text_and_ends_with_the_weights(models, priors, tmp_
   assert alone.code == 0 and 'after the prompt' not in alone.err
 
 
+def test_a_lone_surrogate_is_no_text(lm):
+  for use in (lm.score, lambda t: lm.score([TEXT, t]), lm.generate, lm.weights,
+              lambda t: lm.continuations(t, ['a']), lambda t: lm.continuations('a', [t])):
+    with pytest.raises(BadInput, match=r"a lone surrogate \('\\udce9' at character 3\)"):
+      use('caf\udce9')
+
+
 @pytest.mark.parametrize(('flags', 'said'), [
     ([], '--model is missing'), (['--model=W'], 'either --prompt=TEXT or --prompt_file'),
     (['--model=W', '--prompt=x', '--prompt_file=y'], 'either'),
     (['--model=W', '--prompt_file=/no/such'], 'cannot be read'),
+    (['--model=W', '--prompt=caf\udce9'], '--prompt: not UTF-8 (unexpected end of data at byte 3'),
+    (['--model=W', '--prompt=x', '--stop=a', '--stop=\udce9'], '--stop: not UTF-8'),
     (['--model=W', '--prompt=x', '--mix=cahced'], "did you mean 'cached'"),
     (['--model=W', '--prompt=x', '--max_tokens=0'], 'max_tokens=0'),
     (['--model=W', '--prompt=x', '--mix.decay=2.0'], 'mix.decay=2.0'),

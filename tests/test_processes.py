@@ -167,7 +167,7 @@ def test_a_process_without_its_number_is_refused(stores, tmp_path):
   ended = runs.demix('train', *runs.overrides(stores.bytes, tmp_path / 'w', mesh__processes=2))
   assert 'mesh.process=0, mesh.coordinator=' in ended.error(2)
   ended = runs.demix('train', *runs.overrides(stores.bytes, tmp_path / 'w', mesh__processes=-1))
-  assert 'mesh.processes=-1 is below 0' in ended.error(2)
+  assert 'mesh.processes=-1 is out of range: give an integer, at least 0' in ended.error(2)
   (tmp_path / 'c.py').write_text(
       'from demix.config import *\nimport dataclasses as d\ndef get_config():\n'
       '  return config_dict(d.replace(Config(), mesh=MeshConfig(processes=2)))\n')

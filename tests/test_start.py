@@ -258,10 +258,10 @@ def test_a_run_killed_before_its_first_checkpoint_needs_the_same_parent(models, 
     ({'init__model': '{dense}', 'init__expert': 'nearest'}, 'is a dense LM and has no experts'),
     ({'init__expert': 'nearest', 'data__domains': 'mixed,code'}, 'nearest with 2 training domains'),
     ({'init__expert': 'nearest', 'data__path': '{no_valid}'}, 'mixed has no valid text to'),
-    ({'init__model': '', 'init__expert': 'legal'}, "init.expert='legal' without a model to start"),
-    ({'init__model': '', 'init__trainable': 'ffn'}, "init.trainable='ffn' without a model"),
+    ({'init__model': '', 'init__expert': 'legal'}, "init.expert='legal' has no effect with"),
+    ({'init__model': '', 'init__trainable': 'ffn'}, "init.trainable='ffn' has no effect"),
     ({'init__trainable': 'fn'}, "init.trainable='fn': no such choice (did you mean 'ffn'?)"),
-    ({'init__limit': -1}, 'init.limit=-1 is below 0'),
+    ({'init__limit': -1}, 'init.limit=-1 is out of range'),
     ({'init__expert': 'legal', 'data__sequence_length': 64},
      'data.sequence_length=64, but the model of init.model was trained with 32'),
     ({'init__expert': 'legal', 'data__path': '{bpe}'}, 'was trained with tokenizer '),
@@ -392,7 +392,7 @@ def test_a_branch_that_was_stopped_is_the_uninterrupted_one(models, stores, tmp_
 @pytest.mark.parametrize(('changes', 'said'), [
     ({'init__optimizer': 'contine'}, "did you mean 'continue'"),
     ({'init__trainable': 'ffn'}, 'trained whole'), ({'init__expert': 'code'}, 'trained whole'),
-    ({'init__model': ''}, 'without a model to start from')])
+    ({'init__model': ''}, "init.optimizer='continue' has no effect with init.model=''")])
 def test_what_cannot_go_on_is_refused(models, stores, tmp_path, changes, said):
   flags = {'init__model': models['demix']} | changes
   assert said in branch(stores.bytes, tmp_path / 'B', flags.pop('init__model'), **flags).error(2)

@@ -239,7 +239,7 @@ def test_a_branch_of_a_branch_waits_for_its_parent(copy):
 
 
 @pytest.mark.parametrize(('changes', 'said'), [
-    ({'train__lift': 'vamp'}, "train.lift='vamp': no such way (did you mean 'vmap'?)"),
+    ({'train__lift': 'vamp'}, "train.lift='vamp': no such choice (did you mean 'vmap'?)"),
     ({'train__lift': 'map', 'mesh__expert': 1, 'mesh__data': 3}, 'does not fit')])
 def test_what_cannot_be_is_refused(copy, changes, said):
   change(copy, **changes)
@@ -261,6 +261,6 @@ def test_demix_lms_are_not_spread_over_the_axis_of_their_own_experts():
   assert together.chosen('auto', dense) == 'vmap'
   with pytest.raises(BadInput, match=r'train\.lift=threads over mesh\.expert=4'):
     together.chosen('threads', dense)
-  for word in together.LIFTS:
+  for word in ('auto', 'threads', 'map', 'vmap'):
     with pytest.raises(BadInput, match=r'several DEMix LMs over mesh\.expert=4'):
       together.chosen(word, demix)

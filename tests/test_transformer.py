@@ -272,8 +272,9 @@ def test_the_computation_has_the_type_that_was_asked_for(kind):
 @pytest.mark.parametrize('field,value,named', [
     ('ffn', 'mox', 'ffn'), ('norm', 'batchnorm', 'layernorm'), ('norm_placement', 'both', 'post'),
     ('positions', 'rotari', "did you mean 'rotary'"), ('activation', 'relu', 'gelu'),
-    ('init', 'zeros', 'fairseq'), ('expert_every', 3, '1, 2'), ('heads', 3, 'd_model=16.*heads=3'),
-    ('kv_heads', 3, 'heads=4.*kv_heads=3'), ('experts', (), 'domains'),
+    ('init', 'zeros', 'fairseq'), ('expert_every', 3, 'at most 2'),
+    ('heads', 3, 'd_model=16.*heads=3'), ('kv_heads', 3, 'heads=4.*kv_heads=3'),
+    ('experts', (), 'domains'),
     ('layers', 3, 'layers=3.*period=2')])
 def test_a_model_that_cannot_be_is_refused(field, value, named):
   config = dataclasses.replace(tiny('period 2').config, kv_heads=2)

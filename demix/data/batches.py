@@ -4,7 +4,6 @@ Each domain is shuffled by a seed of its own and wraps with a new shuffle when i
 domain is repeated while a large one is not finished once (the papers' balanced sampling).
 """
 
-import dataclasses
 import fractions
 import itertools
 import math
@@ -13,83 +12,12 @@ import grain
 import numpy as np
 
 from demix.data import schedule
-from demix.data.packing import PACKINGS, sequences
+from demix.data.data_config import DataConfig
+from demix.data.packing import sequences
 from demix.data.store import TokenStore
 from demix.errors import BadInput
-from demix.settings import nearest, option
-
-SAMPLINGS = ('balanced', 'proportional', 'weights')
 
 _ENDLESS = 1 << 52  # rows; Grain's own endless datasets are too long for its batches of one row
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-  """Which domains, how much of each, in what shape."""
-  path: str = option('', 'the token store that `prepare` wrote', operational=True)
-  domains: tuple = option((), 'training domains in order, a group stands for its leaves; (): all '
-                               'of role train, in store order')
-  sampling: str = option('balanced', 'balanced (equal sequences per domain, expert-major), '
-                                     'proportional (to size) or weights')
-  weights: dict = option({}, 'sampling=weights: share of each domain, --config.data.weights.NAME=2')
-  schedule: str = option('', "sampling=weights: other shares from a step on, 'STEP NAME=SHARE …, "
-                             "STEP …'; weights are those at step 0, who is not named keeps its own")
-  schedule_kind: str = option('piecewise', 'piecewise (shares jump at those steps) or linear (a '
-                                           'straight line from step to step)')
-  sequence_length: int = option(128, 'L, targets per sequence')
-  batch_size: int = option(32, 'B, sequences per update, over all domains')
-  packing: str = option('continuous', 'continuous (the papers) or document (no attention across '
-                                      'documents, restarted positions)')
-  domain_token: bool = option(False, '+DomainToken baseline: a <domain> symbol starts each block '
-                                     'and is never scored')
-
-  def check(self):
-    """Raises BadInput for values that cannot be."""
-    for name, known in (('sampling', SAMPLINGS), ('packing', PACKINGS),
-                        ('schedule_kind', schedule.KINDS)):
-      value = getattr(self, name)
-      if value not in known:
-        raise BadInput(f'data.{name}={value!r}: no such choice{nearest(value, known)}')
-    for name in ('sequence_length', 'batch_size'):
-      if getattr(self, name) < 1:
-        raise BadInput(f'data.{name}={getattr(self, name)} is below 1')
-    if len(set(self.domains)) != len(self.domains):
-      raise BadInput(f'data.domains={self.domains} names a domain twice')
-    if self.sampling == 'balanced' and self.domains and self.batch_size % len(self.domains):
-      n = len(self.domains)
-      raise BadInput(f'data.batch_size={self.batch_size} is not a multiple of {n} domains: '
-                     f'balanced batches need equal rows; try {self.batch_size // n * n or n} or '
-                     f'{(self.batch_size // n + 1) * n}')
-    for name in ('weights', 'schedule'):
-      if getattr(self, name) and self.sampling != 'weights':
-        raise BadInput(f'data.{name} is given, but data.sampling={self.sampling} does not read it: '
-                       'set data.sampling=weights')
-    if self.schedule_kind != 'piecewise' and not self.schedule:
-      raise BadInput(f'data.schedule_kind={self.schedule_kind} without data.schedule: give steps '
-                     'and shares, or leave it out')
-    if self.sampling == 'weights':
-      for name in self.domains:
-        if name not in self.weights:
-          raise BadInput(f'data.weights has no share for domain {name!r}: give '
-                         f'--config.data.weights.{name}=…')
-      for name, value in self.weights.items():
-        if name not in self.domains:
-          raise BadInput(f'data.weights.{name}: not one of the domains'
-                         f'{nearest(name, self.domains)}')
-        if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-          raise BadInput(f'data.weights.{name}={value!r}: a share is a number of at least 0')
-      if not sum(self.weights.values()) > 0:
-        raise BadInput('data.weights sum to 0: give at least one domain a share')
-      self.knots()
-
-  def knots(self) -> list:
-    """`schedule.parse` of the schedule; empty where there is none."""
-    return schedule.parse(self.schedule, self.weights, self.domains) if self.schedule else []
-
-  @property
-  def body_length(self) -> int:
-    """Targets of text per sequence: one less than L where a <domain> symbol takes a place."""
-    return self.sequence_length - self.domain_token
 
 
 def domain_row(row: dict, domain: int, symbol: int | None) -> dict:

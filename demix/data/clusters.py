@@ -13,9 +13,10 @@ import numpy as np
 from demix.data.clusterer import RANDOM, Clusterer, unit, words
 from demix.errors import BadInput
 from demix.progress import Progress
-from demix.settings import nearest, option
+from demix.settings import check, option
 
 KINDS = ('balanced', 'kmeans', RANDOM)
+FOUND = ('kind', 'balanced', 'kmeans')  # what is read where clusters are found
 TOP_TERMS = 10
 
 _STILL = 1e-3  # squared shifts of all centres together below which they have come to rest (c-BTM)
@@ -24,38 +25,37 @@ _STILL = 1e-3  # squared shifts of all centres together below which they have co
 @dataclasses.dataclass(frozen=True)
 class DiscoverConfig:
   """How clusters are found."""
-  clusters: int = option(0, 'K; --discover=K says the same')
+  clusters: int = option(0, 'K; --discover=K says the same', low=0)
   kind: str = option('balanced', 'balanced (c-BTM), or a control: kmeans (without balancing) or '
-                     'random (a partition by the hash of the text)')
+                     'random (a partition by the hash of the text)', choices=KINDS)
   sample: int = option(20_000, 'documents of train text that the clusters are found on, those of '
-                       'lowest hash')
-  dimensions: int = option(100, 'of the truncated SVD')
-  terms: int = option(50_000, 'words that are kept, the most frequent ones')
-  min_documents: int = option(2, 'documents of the sample that a word must be in')
-  iterations: int = option(20, 'of k-means at most')
-  restarts: int = option(4, 'first centres that are tried, on one block of the sample')
+                       'lowest hash', low=1)
+  dimensions: int = option(100, 'of the truncated SVD', low=1, needs=FOUND)
+  terms: int = option(50_000, 'words that are kept, the most frequent ones', low=1, needs=FOUND)
+  min_documents: int = option(2, 'documents of the sample that a word must be in', low=1,
+                             needs=FOUND)
+  iterations: int = option(20, 'of k-means at most', low=1, needs=FOUND)
+  restarts: int = option(4, 'first centres that are tried, on one block of the sample', low=1,
+                        needs=FOUND)
   block: int = option(512, 'balanced: points of one assignment problem (its time grows with the '
-                      'cube)')
-  seed: int = option(0, 'of the SVD and the first centres, or of the hash')
+                      'cube)', low=1, high=8192, needs=('kind', 'balanced'))
+  seed: int = option(0, 'of the SVD and the first centres, or of the hash', low=0,
+                    high=(1 << 31) - 1)
   clusterer: str = option('', 'assign by this clusterer (of a token store, or a folder), find none')
 
   def check(self):
     """Raises BadInput for values that cannot be."""
-    if self.kind not in KINDS:
-      raise BadInput(f'discover.kind={self.kind!r}: no such choice{nearest(self.kind, KINDS)}')
+    check(self, 'discover.')
     if bool(self.clusters) == bool(self.clusterer):
       raise BadInput(f'discover.clusters={self.clusters} with discover.clusterer='
                      f'{self.clusterer!r}: give a number of clusters, --discover=8, or a clusterer '
                      'that has them')
-    for name, low in (('clusters', 0), ('sample', 1), ('dimensions', 1), ('terms', 1),
-                      ('min_documents', 1), ('iterations', 1), ('restarts', 1), ('seed', 0)):
-      if getattr(self, name) < low:
-        raise BadInput(f'discover.{name}={getattr(self, name)} is below {low}')
-    if self.seed >= 1 << 31:
-      raise BadInput(f'discover.seed={self.seed} is above {(1 << 31) - 1}')
-    if not self.clusters <= self.block <= 8192:
-      raise BadInput(f'discover.block={self.block} is not between {self.clusters} clusters and '
-                     '8192')
+    if self.clusterer and self != DiscoverConfig(clusterer=self.clusterer):
+      raise BadInput(f'discover.clusterer={self.clusterer!r} with other options of discover: none '
+                     'are looked for, it has its clusters; leave them out')
+    if self.kind == 'balanced' and self.clusters > self.block:
+      raise BadInput(f'discover.block={self.block} is below {self.clusters} clusters: give at '
+                     'least as many')
 
 
 def names_of(clusters: int) -> tuple:

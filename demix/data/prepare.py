@@ -39,21 +39,35 @@ _SAMPLE_DOCUMENT = 1 << 20  # no document gives the tokenizer's sample more than
 class PrepareConfig:
   """What defines a token store, besides its input."""
   tokenizer: str = option('bpe', 'bytes, bpe (trained here), json (an existing tokenizer.json) or '
-                                 'sentencepiece (an existing model)')
-  tokenizer_path: str = option('', 'file of the tokenizer; json, sentencepiece')
-  vocab_size: int = option(8192, 'ids to learn, 256 bytes and end of document included; bpe')
+                                 'sentencepiece (an existing model)', choices=tokenizer.KINDS)
+  tokenizer_path: str = option('', 'file of the tokenizer; json, sentencepiece',
+                              needs=('tokenizer', 'json', 'sentencepiece'))
+  vocab_size: int = option(8192, 'ids to learn, 256 bytes and end of document included; bpe',
+                          low=257, high=1 << 24, needs=('tokenizer', 'bpe'))
   sample_bytes: int = option(32 << 20, 'bytes of train text to learn from, in equal shares per '
-                                       'domain, at most 64 MiB; bpe')
+                                       'domain, at most 64 MiB; bpe', low=1 << 10, high=MAX_SAMPLE,
+                            needs=('tokenizer', 'bpe'))
   corpus: tuple = option((), 'domains of any format or place, one dict each: '
                              "{'name', 'source', 'path', …} (docs/corpora.md); --input is then "
                              'where relative paths start')
   domains: tuple = option((), 'domains and their order; empty: all folders, sorted; all of corpus')
   novel: tuple = option((), 'domains for evaluation and adaptation only (role novel)')
-  max_record_bytes: int = option(16 << 20, 'bytes of one record (a line, a .txt file)')
-  on_bad_record: str = option('fail', 'fail, or skip: leave unreadable records out and count them')
+  max_record_bytes: int = option(16 << 20, 'bytes of one record (a line, a .txt file)', low=1,
+                                high=1 << 30)
+  on_bad_record: str = option('fail', 'fail, or skip: leave unreadable records out and count them',
+                             choices=('fail', 'skip'))
   anonymise: tuple = option((), 'what to replace by placeholders: all, or some of '
                                 f'{", ".join(anonymise.KINDS)}')
-  max_bytes: int = option(0, "bytes of text to take of each domain's train split; 0: all")
+  max_bytes: int = option(0, "bytes of text to take of each domain's train split; 0: all", low=0,
+                         high=1 << 62)
+
+  def check(self):
+    """Raises BadInput for values that cannot be."""
+    settings.check(self, 'config.')
+    anonymise.check(self.anonymise)
+    if self.tokenizer in ('json', 'sentencepiece') and not self.tokenizer_path:
+      raise BadInput(f'config.tokenizer_path: missing, but tokenizer {self.tokenizer!r} is a file: '
+                     'name it')
 
 
 def prepare(input, out, config: PrepareConfig = PrepareConfig(), say=print) -> store.TokenStore:
@@ -72,7 +86,7 @@ def prepare(input, out, config: PrepareConfig = PrepareConfig(), say=print) -> s
     Locked: another process is making the same store.
   """
   out = Path(out).resolve()
-  _check(config)
+  config.check()
   made = _existing_tokenizer(config)
   Building.check_place(out)
   Building.recover(out)
@@ -107,25 +121,6 @@ def prepare(input, out, config: PrepareConfig = PrepareConfig(), say=print) -> s
   say('\n'.join([card_text(card), *notes]))
   say(f'\n{out}: a token store of {made.vocab_size} ids, fingerprint {card["fingerprint"]}')
   return store.TokenStore.open(out)
-
-
-def _check(config):
-  for key, allowed in (('tokenizer', tokenizer.KINDS), ('on_bad_record', ('fail', 'skip'))):
-    value = getattr(config, key)
-    if value not in allowed:
-      raise BadInput(f'config.{key}: {value!r} is not one of {", ".join(allowed)}')
-  for key, low, high in (('vocab_size', 257, 1 << 24), ('sample_bytes', 1 << 10, MAX_SAMPLE),
-                         ('max_record_bytes', 1, 1 << 30), ('max_bytes', 0, 1 << 62)):
-    value = getattr(config, key)
-    if not low <= value <= high:
-      raise BadInput(f'config.{key}: {value} is not from {low} to {high}')
-  anonymise.check(config.anonymise)
-  path, kind = config.tokenizer_path, config.tokenizer
-  if kind in ('json', 'sentencepiece') and not path:
-    raise BadInput(f'config.tokenizer_path: missing, but tokenizer {kind!r} is a file: name it')
-  if kind in ('bytes', 'bpe') and path:
-    raise BadInput(f'config.tokenizer_path: {path!r}, but tokenizer {kind!r} has no file: set '
-                   '--config.tokenizer=json or sentencepiece, or leave it out')
 
 
 def _existing_tokenizer(config):

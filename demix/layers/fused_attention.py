@@ -18,17 +18,7 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from demix.errors import BadInput
-from demix.settings import nearest
-
-WORDS = ('auto', 'plain', 'cudnn', 'splash')
 NATIVE = {'gpu': 'cudnn', 'cuda': 'cudnn', 'tpu': 'splash'}
-
-
-def check(word: str):
-  """Raises BadInput for a word that is none of WORDS."""
-  if word not in WORDS:
-    raise BadInput(f'execution.attention={word!r}: no such kernel{nearest(word, WORDS)}')
 
 
 def cudnn(q_BHLK, k_BGLK, v_BGLK, segments_BL=None, *, implementation='cudnn'):

@@ -13,7 +13,7 @@ import numpy as np
 
 from demix.errors import BadInput
 from demix.mix import combine, evidence, gate, prior
-from demix.settings import nearest, option
+from demix.settings import check_values, nearest, option
 
 PRIORS = ('none', 'uniform', 'updating', 'cached', 'fixed')
 
@@ -44,46 +44,41 @@ class MixConfig:
                           'clusters (c-BTM) or none (the prior is the weights)')
   members: tuple = option((), 'experts that take part; (): all')
   weights: dict = option({}, 'prior=fixed: weight of each expert, --mix.weights.NAME=0.5')
-  window: int = option(0, 'prefix: evidence of the last so many tokens only; 0: all')
-  decay: float = option(1.0, 'prefix: older evidence fades by this factor a token')
+  window: int = option(0, 'prefix: evidence of the last so many tokens only; 0: all', low=0)
+  decay: float = option(1.0, 'prefix: older evidence fades by this factor a token',
+                       above=0, high=1)
   clusterer: str = option('', 'clusters: a token store that prepare --discover made; that of the '
                           'models by default')
   kernel: str = option('d2', 'clusters: d2, exp(-d²/T) as c-BTM is written, or d4, exp(-d⁴/T) as '
                        'released')
-  kernel_temperature: float = option(0.1, 'clusters: T of the kernel')
+  kernel_temperature: float = option(0.1, 'clusters: T of the kernel (mix.weights_k=1: the '
+                                     'nearest one alone)', above=0)
   kernel_tokens: int = option(0, 'clusters: only the first so many tokens of a block count, then '
-                              'the weights stay; 0: all before each token')
-  temperature: float = option(1.0, 'gate: log prior + evidence are divided by it')
+                              'the weights stay; 0: all before each token', low=0)
+  temperature: float = option(1.0, 'gate: log prior + evidence are divided by it '
+                              '(mix.combine=pick: the best one alone)', above=0)
   experts_k: int = option(0, 'experts that are run: the largest of a fixed or cached prior, or, in '
-                          'generation, of the posterior after the prompt; 0: all')
-  weights_k: int = option(0, 'gate: experts with a weight at each token (saves no time); 0: all')
+                          'generation, of the posterior after the prompt; 0: all', low=0)
+  weights_k: int = option(0, 'gate: experts with a weight at each token (saves no time); 0: all',
+                         low=0)
   order: str = option('topk_softmax', 'gate: topk_softmax or softmax_topk')
   renormalise: bool = option(True, 'gate: weights that are kept sum to 1')
   combine: str = option('probabilities', 'probabilities (the papers), logits or pick')
-  alpha: float = option(0.3, 'updating, cached: weight of a new value in the moving mean')
-  blocks: int = option(200, 'cached: full blocks of dev text that are read, in file order')
-  blocks_per_update: int = option(2, 'updating, cached: blocks read between two updates')
+  alpha: float = option(0.3, 'updating, cached: weight of a new value in the moving mean',
+                       above=0, high=1)
+  blocks: int = option(200, 'cached, given, best: full blocks of dev text that are read, a fixed sample '
+                        'in shuffled order', low=1)
+  blocks_per_update: int = option(2, 'updating, cached: blocks read between two updates', low=1)
 
   def check(self):
     """Raises BadInput for values that cannot be."""
+    check_values(self, 'mix.')
     choices = {'prior': PRIORS, 'posterior': evidence.POSTERIORS, 'order': gate.ORDERS,
                'combine': combine.KINDS, 'kernel': evidence.KERNELS}
     for name, known in choices.items():
       value = getattr(self, name)
       if value not in known:
         raise BadInput(f'mix.{name}={value!r}: no such choice{nearest(str(value), known)}')
-    for name, low in (('window', 0), ('experts_k', 0), ('weights_k', 0), ('blocks', 1),
-                      ('blocks_per_update', 1), ('kernel_tokens', 0)):
-      if getattr(self, name) < low:
-        raise BadInput(f'mix.{name}={getattr(self, name)} is below {low}')
-    if not 0 < self.decay <= 1 or not 0 < self.alpha <= 1:
-      raise BadInput(f'mix.decay={self.decay}, mix.alpha={self.alpha}: above 0 and at most 1')
-    if not self.temperature > 0:
-      raise BadInput(f'mix.temperature={self.temperature} is not above 0: pick the best member '
-                     'with mix.combine=pick')
-    if not self.kernel_temperature > 0:
-      raise BadInput(f'mix.kernel_temperature={self.kernel_temperature} is not above 0: the '
-                     'nearest cluster alone is mix.weights_k=1')
     if self.posterior == 'clusters' and self.prior in ('none', 'updating', 'cached'):
       raise BadInput(f'mix.prior={self.prior} with mix.posterior=clusters: a prior moves by '
                      'likelihoods, clusters look at the words; choose uniform or fixed')

@@ -1,5 +1,6 @@
 """The flags of a verb: absl flags and ml-collections config flags, with one-line errors."""
 
+import ast
 import importlib.util
 import os
 import re
@@ -82,19 +83,30 @@ class Verb:
                      f'(python -m demix {self.name} --help)')
     self.configs = {name: settings.from_dict(cls, getattr(self.flags, name).to_dict(), name)
                     for name, cls in self._configs.items()}
+    for name, config in self.configs.items():
+      if f'{name}_words' in self.flags:  # the verb's words may change what it needs
+        settings.check_values(config, f'{name}.')
+      else:
+        config.check()
     return self.flags, next(iter(self.configs.values()), None)
 
   def _define_config(self, argv, name, cls) -> list[str]:
     """Declares a config and its overrides; returns argv without --NAME=FILE."""
-    file, rest, words = None, [], list(argv)
+    file, rest, own, words = None, [], [], list(argv)
     takes_words = f'{name}_words' in self.flags
     while words:
       word = words.pop(0)
       flag, equals, value = word.partition('=')
       if flag not in (f'--{name}', f'-{name}'):
-        if found := re.match(rf'--?{name}\.([^=]*)', word):
-          settings.check_path(cls, found[1], name)
-        rest.append(word)
+        found = re.match(rf'--?{name}\.(.*)', flag)
+        default, path, key = settings.check_path(cls, found[1], name) if found else (0, '', '')
+        if not key and not isinstance(default, tuple):
+          rest.append(word)
+          continue
+        # Names of domains: taken as they are, not as ml_collections reads a path or a literal.
+        if not equals and (not words or words[0].startswith('-')):
+          raise BadInput(f'{flag}: no value given: {flag}=VALUE')
+        own.append((path, key, value if equals else words.pop(0)))
         continue
       if not equals:
         value = words.pop(0) if words and not words[0].startswith('-') else ''
@@ -104,6 +116,9 @@ class Verb:
       if takes_words:
         rest.append(f'--{name}_words={"file" if known else value or "all"}')
     config = load_config(file) if file is not None else ConfigDict(settings.to_dict(cls()))
+    with config.unlocked():
+      for path, key, value in own:
+        _override(config, path, key, value)
     # New attributes are let through here and refused in settings.from_dict, which lets a dict of
     # domains take any key.
     config_flags.DEFINE_config_dict(name, config, flag_values=self.flags, sys_argv=rest,
@@ -119,13 +134,55 @@ class Verb:
     return '\n'.join(lines)
 
 
+def _override(config: ConfigDict, path: str, key: str, text: str):
+  """Sets a key of a dict, or a tuple of names, from the text of a flag."""
+  *groups, last = path.split('.')
+  for group in [*groups, last] if key else groups:
+    if group not in config:  # a file may leave groups out
+      config[group] = ConfigDict()
+    config = config[group]
+  if not key:
+    config[last] = tuple(ast.literal_eval(text)) if text[:1] in ('(', '[') else (text,)
+    return
+  try:
+    value = ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    value = text
+  if isinstance(config.get(key), float) and isinstance(value, int):
+    value = float(value)
+  config[key] = value
+
+
 def load_config(reference: str) -> ConfigDict:
   """What get_config(ARG) of a config file returns; `reference` is FILE or FILE:ARG.
 
   Raises:
     BadInput: no such file, or it or its get_config fails; its error is given.
   """
-  file, given, arg = reference.partition(':')
+  config = call(reference, 'get_config', *split_argument(reference)[1:])
+  if not isinstance(config, ConfigDict):
+    raise BadInput(f'--config={reference}: get_config() returned {type(config).__name__}: '
+                   'expected a ConfigDict (demix.config.config_dict makes one)')
+  return config
+
+
+def split_argument(text: str) -> list[str]:
+  """FILE[:ARG] → [FILE] or [FILE, ARG]: the longest FILE that exists, so either may have a ':'."""
+  parts = text.split(':')
+  for count in range(len(parts), 0, -1):
+    file, rest = ':'.join(parts[:count]), parts[count:]
+    if os.path.isfile(file):
+      return [file, ':'.join(rest)] if rest else [file]
+  return text.split(':', 1)
+
+
+def call(reference: str, function: str, *args):
+  """What a function of a config file returns.
+
+  Raises:
+    BadInput: no such file or function, or one of them fails; its error is given.
+  """
+  file = split_argument(reference)[0]
   if not os.path.isfile(file):
     raise BadInput(f'--config={reference}: no such file {file!r} (configs lie in configs/)')
   spec = importlib.util.spec_from_file_location('config_file', file)
@@ -134,15 +191,11 @@ def load_config(reference: str) -> ConfigDict:
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)
-    config = module.get_config(*([arg] if given else []))
+    return getattr(module, function)(*args)
   except DemixError as e:
     raise BadInput(f'--config={reference}: {e}') from None
   except Exception as e:
     raise BadInput(f'--config={reference}: {type(e).__name__}: {e}') from e
-  if not isinstance(config, ConfigDict):
-    raise BadInput(f'--config={reference}: get_config() returned {type(config).__name__}: '
-                   'expected a ConfigDict (demix.config.config_dict makes one)')
-  return config
 
 
 def require(value: str, flag: str, what: str) -> str:

@@ -232,8 +232,8 @@ def test_text_that_cannot_be_clustered(texts, K, message):
 
 @pytest.mark.parametrize(('changes', 'message'), [
     (dict(kind='balance'), "did you mean 'balanced'"), (dict(clusters=0), 'discover.clusters=0'),
-    (dict(clusterer='W'), 'discover.clusters=4'), (dict(block=3), 'not between 4 clusters'),
-    (dict(sample=0), 'below 1'), (dict(clusters=-1), 'below 0'), (dict(seed=-1), 'below 0')])
+    (dict(clusterer='W'), 'discover.clusters=4'), (dict(block=3), 'below 4 clusters'),
+    (dict(clusters=0, clusterer='W', terms=9), 'other options')])
 def test_settings_that_cannot_be(changes, message):
   with pytest.raises(BadInput, match=message):
     config(**changes).check()

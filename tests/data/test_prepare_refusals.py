@@ -75,13 +75,13 @@ def test_a_mount_point_is_refused(tmp_path, capsys, monkeypatch):
 
 
 SETTINGS = {
-    '--config.tokenizer=tiktoken': "config.tokenizer: 'tiktoken' is not one of bytes, bpe",
-    '--config.on_bad_record=ignore': "config.on_bad_record: 'ignore' is not one of fail, skip",
-    '--config.vocab_size=256': 'config.vocab_size: 256 is not from 257',
-    '--config.sample_bytes=67108865': 'config.sample_bytes: 67108865 is not from 1024 to 67108864',
-    '--config.max_record_bytes=0': 'config.max_record_bytes: 0 is not from 1',
+    '--config.tokenizer=tiktoken': "config.tokenizer='tiktoken': no such choice",
+    '--config.on_bad_record=ignore': "'ignore': no such choice (known: fail, skip)",
+    '--config.vocab_size=256': 'config.vocab_size=256 is out of range',
+    '--config.sample_bytes=67108865': 'integer, at least 1024 and at most 67108864',
+    '--config.max_record_bytes=0': 'config.max_record_bytes=0 is out of range',
     '--config.tokenizer=json': "config.tokenizer_path: missing, but tokenizer 'json' is a file",
-    '--config.tokenizer_path=x.json': "config.tokenizer_path: 'x.json', but tokenizer 'bytes' has",
+    '--config.tokenizer_path=x.json': "no effect with config.tokenizer='bytes'",
     '--config.domains=law,mde': "config.domains: no folder 'mde' in",
     '--config.domains=law,law': 'config.domains: a domain is named twice',
     '--config.novel=mde': "config.novel: no domain 'mde' (did you mean 'med'?)",

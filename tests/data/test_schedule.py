@@ -158,9 +158,9 @@ def test_only_the_named_domains_stay():
 
 
 @pytest.mark.parametrize(('changes', 'text'), [
-    ({'sampling': 'proportional', 'weights': {}}, r'data\.schedule is given, but data\.sampling=p'),
+    ({'sampling': 'proportional', 'weights': {}}, r"schedule=.* no effect with data\.sampling='p"),
     ({'schedule_kind': 'linaer'}, r"data\.schedule_kind='linaer'.*did you mean 'linear'"),
-    ({'schedule': '', 'schedule_kind': 'linear'}, r'schedule_kind=linear without data\.schedule'),
+    ({'schedule': '', 'schedule_kind': 'linear'}, r"no effect with data\.schedule=''"),
     ({'schedule': 'code=4'}, r"'code=4' is not a step and its shares: write 'STEP NAME=SHARE"),
     ({'schedule': '10'}, r"'10' is not a step and its shares"),
     ({'schedule': '-3 code=4'}, r"'-3 code=4' is not a step"),

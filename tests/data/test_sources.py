@@ -297,10 +297,11 @@ ENTRIES = {
     'no such file': ({'path': 'nothing/*.jsonl'}, "config.corpus law: no file"),
     'a folder': ({'path': '.'}, 'a folder; name the files in it'),
     'name': ({'name': 'a b', 'path': 'x'}, "'a b' cannot be a domain"),
-    'another source reads it': ({'path': 'x', 'dtype': 'uint32'}, 'source jsonl does not read it'),
+    'another source reads it': ({'path': 'x', 'dtype': 'uint32'}, "has no effect with "
+                                 "config.corpus[0].source='jsonl'"),
     'split': ({'path': 'x', 'splits': {'dev': 'x'}}, "no split 'dev'"),
-    'heldout': ({'path': 'x', 'heldout': 0.5}, 'heldout=0.5: a share from 0'),
-    'dtype': ({'path': 'x', 'source': 'tokens', 'dtype': 'int8'}, "'int8' is not one of uint16"),
+    'heldout': ({'path': 'x', 'heldout': 0.5}, 'heldout=0.5 is out of range'),
+    'dtype': ({'path': 'x', 'source': 'tokens', 'dtype': 'int8'}, "dtype='int8': no such choice"),
     'a type': ({'path': 3}, 'config.corpus[0].path: expected str'),
     'data set': ({'source': 'tfds', 'path': 'lm1b_'}, 'lm1b_: not a folder of TFDS'),
     'hub': ({'source': 'huggingface', 'path': 'nobody/nothing'}, 'nobody/nothing: not a folder of '

@@ -20,6 +20,7 @@ from models import BALANCED, batch_of, drawn, tiny
 from demix.errors import BadInput
 from demix.layers import fused_attention
 from demix.layers.attention import attend, mask_bias
+from demix.model_config import ExecutionConfig
 
 ROOT = Path(__file__).parents[2]
 XLA = {'implementation': 'xla'}
@@ -87,7 +88,7 @@ def test_on_a_cpu_plain_runs_and_says_so_only_where_another_was_named(said):
   assert said == ['attention: plain, not cudnn: it runs on gpu, and this is cpu',
                   'attention: plain, not splash: it runs on tpu, and this is cpu']
   with pytest.raises(BadInput, match=r"execution.attention='splas'.*did you mean 'splash'"):
-    fused_attention.check('splas')
+    ExecutionConfig(attention='splas').check()
 
 
 def test_a_kernel_that_cannot_run_gives_its_reason(said, monkeypatch):
@@ -126,6 +127,7 @@ SPREAD = """
 import jax, numpy as np
 from demix import sharding
 from demix.layers import fused_attention
+from demix.model_config import ExecutionConfig
 mesh = sharding.make_mesh(sharding.MeshConfig(data=2, model=2), jax.devices())
 random = np.random.default_rng(0)
 q, k, v = random.normal(size=(3, 4, 4, 128, 8)).astype(np.float32)

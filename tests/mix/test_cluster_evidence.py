@@ -185,7 +185,7 @@ def test_written_tokens_have_the_weights_that_scoring_them_gives(config):
     (dict(posterior='clusters', prior='updating'), 'choose uniform or fixed'),
     (dict(posterior='clusters', kernel='d3'), 'no such choice'),
     (dict(posterior='clusters', kernel_temperature=0.0), 'mix.weights_k=1'),
-    (dict(posterior='clusters', kernel_tokens=-1), 'below 0'),
+    (dict(posterior='clusters', kernel_tokens=-1), 'at least 0'),
     (dict(posterior='clusters', decay=0.9), 'option of posterior=prefix'),
     (dict(posterior='cluster'), "did you mean 'clusters'"),
     (dict(kernel='d4'), 'option of posterior=clusters'),

@@ -22,9 +22,6 @@ from demix.settings import nearest, option
 SPLITS = ('train', 'valid', 'test')
 # What others call a split, tried in this order where an entry does not say.
 _ALIASES = {'train': ('train',), 'valid': ('valid', 'validation', 'dev', 'val'), 'test': ('test',)}
-# Options that some sources read and others do not.
-_OPTIONS = {'subset': ('huggingface',), 'module': ('seqio',), 'lengths': ('seqio',),
-            'dtype': ('tokens',), 'eod_id': ('tokens',)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,18 +35,23 @@ class Entry:
   splits: dict = option({}, "what the source calls train, valid and test ({'valid': "
                             "'train[99%:]'}); empty: the usual names, as far as they are there")
   heldout: float = option(0.0, 'share of train, by the hash of the text, for each of valid and '
-                               'test that the source lacks')
+                               'test that the source lacks', low=0, below=0.5)
   group: str = option('', 'the parent of the domain: its leaves add up to it')
   licence: str = option('', 'a note for the data card')
   text: str = option('text', 'field of the text; array_record: empty where a record is text; '
                              'seqio: targets')
   prompt: str = option('prompt', 'field of what is read but not predicted; seqio: inputs')
   completion: str = option('completion', 'field of what follows it')
-  subset: str = option('', 'huggingface: the configuration of a data set')
-  module: str = option('', 'seqio: Python module that registers the task')
-  lengths: dict = option({}, 'seqio: length of each feature, where preprocessors ask for it')
-  dtype: str = option('uint16', 'tokens: uint16 or uint32')
-  eod_id: int = option(-1, "tokens: the id that ends documents in the file; -1: the tokenizer's")
+  subset: str = option('', 'huggingface: the configuration of a data set',
+                      needs=('source', 'huggingface'))
+  module: str = option('', 'seqio: Python module that registers the task',
+                      needs=('source', 'seqio'))
+  lengths: dict = option({}, 'seqio: length of each feature, where preprocessors ask for it',
+                         needs=('source', 'seqio'))
+  dtype: str = option('uint16', 'tokens: uint16 or uint32', choices=tuple(token_files.DTYPES),
+                     needs=('source', 'tokens'))
+  eod_id: int = option(-1, "tokens: the id that ends documents in the file; -1: the tokenizer's",
+                        low=-1, needs=('source', 'tokens'))
 
   def check(self, where: str):
     """BadInput for what cannot be."""
@@ -64,20 +66,9 @@ class Entry:
     for split in self.splits:
       if split not in SPLITS:
         raise BadInput(f'{where}.splits: no split {split!r}{nearest(split, SPLITS)}')
-    if not 0 <= self.heldout < 0.5:
-      raise BadInput(f'{where}.heldout={self.heldout}: a share from 0 to below 0.5')
     if self.group and not is_name(self.group):
       raise BadInput(f'{where}.group: {self.group!r} cannot be a group ({RULE})')
-    if self.dtype not in token_files.DTYPES:
-      raise BadInput(f'{where}.dtype: {self.dtype!r} is not one of '
-                     f'{", ".join(token_files.DTYPES)}')
-    if self.eod_id < -1:
-      raise BadInput(f"{where}.eod_id={self.eod_id}: an id, or -1 for the tokenizer's")
-    usual = Entry()
-    for name, sources in _OPTIONS.items():
-      if getattr(self, name) != getattr(usual, name) and self.source not in sources:
-        raise BadInput(f'{where}.{name}: source {self.source} does not read it, '
-                       f'{" and ".join(sources)} does')
+    settings.check(self, f'{where}.')
 
 
 @dataclasses.dataclass(frozen=True)
