@@ -49,7 +49,8 @@ def make_step(model: Model, adamw: AdamW, *, domains: int, balanced: bool, accum
                       model.execution.loss_block)
     nll_B = (nll_BL * batch['weights_BL']).sum(1)
     by_domain = jax.ops.segment_sum(nll_B, batch['domain_B'], domains)
-    return nll_B.sum() / total + sum(aux.values()), by_domain
+    # Auxiliary losses are means over tokens: that of the batch is the mean of its micro-batches'.
+    return nll_B.sum() / total + sum(aux.values()) / accumulation, by_domain
 
   def step(state, batch, frozen=None):
     frozen = frozen or {}

@@ -116,6 +116,23 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(whole, case):
   assert_close(got, state)
 
 
+def test_an_auxiliary_loss_is_the_mean_over_micro_batches():
+  """A loss that a router would return: without batch-sized terms, so that it is no sum over rows."""
+  class Routed(type(tiny('gpt'))):
+    def apply(self, params, *args, **more):
+      hidden, _, taps = super().apply(params, *args, **more)
+      return hidden, {'balance': jnp.square(params['embed']['tokens'][0]).sum()}, taps
+
+  model, plain = (kind(tiny('gpt').config) for kind in (Routed, type(tiny('gpt'))))
+  params, batch = drawn(plain), batch_of(BALANCED)
+  extra = np.square(np.asarray(params['embed']['tokens'][0])).sum()
+  _, (without,) = steps(plain, params, [batch])
+  found = {n: steps(model, params, [batch], accumulation=n) for n in (1, 2)}
+  for state, (metrics,) in found.values():
+    np.testing.assert_allclose(metrics['loss'] - without['loss'], extra, rtol=1e-4)
+    assert_close(state, found[1][0])
+
+
 @pytest.mark.parametrize('count,groups', [(1, 4), (2, 4), (3, 4), (6, 4), (4, 1), (8, 3)])
 def test_micro_batches_share_out_every_row_once_and_stay_balanced(count, groups):
   domains = np.repeat(np.arange(groups), 24 // groups)
