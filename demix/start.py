@@ -20,6 +20,7 @@ from demix.mix.members import ExpertMembers
 from demix.mix.mixture import MixConfig
 from demix.params import Model, expert_slice
 from demix.settings import nearest
+from demix.state import saved_part
 from demix.transformer import ModelConfig
 
 
@@ -78,6 +79,7 @@ class Start:
     """
     whole = self._load()
     like = {n: x for n, x in like.items() if n.startswith('optimizer/')}
+    like = saved_part(like, whole.meta['leaves'])
     return checkpoint.restore(whole.workdir / 'checkpoints', whole.step, like)
 
   def describe(self) -> str:
