@@ -35,6 +35,7 @@ from demix.optimizer import AdamW
 from demix.params import Model
 from demix.progress import quantity
 from demix.start import find
+from demix.state import saved_part
 from demix.step import Program, shared
 from demix.workdir import check_identity, load_config, load_identity, save_config
 
@@ -148,7 +149,7 @@ class Run:
     check_identity(meta['identity'], self.identity, self.workdir)
     self.ledger = meta['ledger']
     self.lineage = {name: meta[name] for name in ('init', 'lifecycle') if name in meta}
-    flat = checkpoint.restore(self.directory, step, like)
+    flat = checkpoint.restore(self.directory, step, saved_part(like, meta['leaves']))
     self.step = step
     return program.restored(flat)
 

@@ -238,7 +238,11 @@ def by_rows_and_heads(mesh: Mesh | None):
 
 
 def state_shardings(mesh: Mesh, params) -> dict:
-  """Shardings of {'params', 'optimizer'}: moments lie as their parameters do."""
+  """Shardings of {'params', 'optimizer'}: moments lie as their parameters do, and an expert's count
+  of updates where it is read, with the expert."""
   like = shardings(mesh, params)
   count = NamedSharding(mesh, PartitionSpec())
-  return {'params': like, 'optimizer': {'count': count, 'mu': like, 'nu': like}}
+  counts = {}
+  if tree.expert_axis(params):
+    counts['counts'] = NamedSharding(mesh, PartitionSpec('expert'))
+  return {'params': like, 'optimizer': {'count': count, **counts, 'mu': like, 'nu': like}}

@@ -21,6 +21,7 @@ from demix.eval.sequences import Protocol
 from demix.forest import lineage
 from demix.params import expert_slice
 from demix.settings import nearest
+from demix.state import saved_part
 from demix.transformer import ModelConfig
 
 
@@ -85,6 +86,7 @@ class Start:
     """
     whole = self._load()
     like = {n: x for n, x in like.items() if n.startswith('optimizer/')}
+    like = saved_part(like, whole.meta['leaves'])
     return checkpoint.restore(whole.workdir / 'checkpoints', whole.step, like)
 
   def describe(self) -> str:

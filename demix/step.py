@@ -49,7 +49,8 @@ def make_step(model: Model, adamw: AdamW, *, domains: int, balanced: bool, accum
                       model.execution.loss_block)
     nll_B = (nll_BL * batch['weights_BL']).sum(1)
     by_domain = jax.ops.segment_sum(nll_B, batch['domain_B'], domains)
-    return nll_B.sum() / total + sum(aux.values()), by_domain
+    # Auxiliary losses are means over tokens: that of the batch is the mean of its micro-batches'.
+    return nll_B.sum() / total + sum(aux.values()) / accumulation, by_domain
 
   def step(state, batch, frozen=None):
     frozen = frozen or {}
@@ -68,7 +69,8 @@ def make_step(model: Model, adamw: AdamW, *, domains: int, balanced: bool, accum
       ((value, nll_D), grads), _ = jax.lax.scan(
           add, zero, micro_batches(batch, accumulation))
     grads = keep_gradients(grads)
-    present = None if balanced or config.ffn != 'demix' else tokens_D > 0
+    # Balanced batches have rows of every expert, and all of some may be prompts only.
+    present = tokens_D > 0 if config.ffn == 'demix' else None
     params, optimizer, metrics = adamw.update(
         grads, state['optimizer'], state['params'],
         finite=jnp.isfinite(value) & (scored > 0), present_E=present)

@@ -128,6 +128,11 @@ def join(a: dict, b: dict) -> dict:
   return unflatten(flatten(a) | flatten(b)) if b else a
 
 
+def expert_axis(running: dict) -> int:
+  """E, the size of the expert axis; 0 where no leaf is an expert's."""
+  return next((x.shape[1] for n, x in flatten(running).items() if '/experts/' in n), 0)
+
+
 def size(tree) -> int:
   """Number of scalars in all leaves."""
   return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -123,6 +123,27 @@ def test_absent_experts_do_not_move_one_bit_and_present_ones_as_ever():
     else:
       np.testing.assert_array_equal(got[name], moved[name], err_msg=name)
   assert metrics['applied'] and some_state['count'] == 3
+  np.testing.assert_array_equal(some_state['counts'], [3, 2, 3])
+
+
+def test_an_expert_that_was_absent_is_corrected_by_its_own_updates():
+  """Its first update is Adam's first, at the rate of the schedule; by the global count it would be
+  0.41 of it (1 - 0.9 over 1 - 0.9¹¹, and the root of the second moment's)."""
+  config = OptimizerConfig(learning_rate=0.1, schedule='constant', warmup_share=0, weight_decay=0,
+                           clip=0)
+  init, update = ours(config)
+  params = leaves(0)
+  state = init(params)
+  for seed in range(1, 11):
+    params, state, _ = update(leaves(seed), state, params, TRUE, jnp.asarray([True, False, True]))
+  first, _, _ = update(leaves(11), init(params), params)
+  after, state, _ = update(leaves(11), state, params, TRUE, jnp.asarray([False, True, False]))
+  np.testing.assert_array_equal(state['counts'], [10, 1, 10])
+  for name in ('up', 'up_bias'):
+    got, fresh, old = (x['block_0']['ffn']['experts'][name] for x in (after, first, params))
+    np.testing.assert_array_equal(got[:, 1], fresh[:, 1])
+    np.testing.assert_allclose(np.abs(got - old)[:, 1], 0.1, rtol=1e-4)
+    np.testing.assert_array_equal(got[:, ::2], old[:, ::2])
 
 
 @pytest.mark.parametrize('bad', ['loss', 'nan', 'inf', 'overflow'])

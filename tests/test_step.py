@@ -9,7 +9,7 @@ from cases import some
 from models import BALANCED, EXPERTS, adamw, assert_close, assert_same, batch_of, drawn, steps, tiny
 
 from demix import tree
-from demix.state import canonical_state
+from demix.state import canonical_state, running_state
 from demix.step import make_step, micro_batches
 
 pytestmark = pytest.mark.exact
@@ -51,6 +51,37 @@ def test_absent_experts_do_not_move_one_bit_through_a_step():
     for name in a:
       moved = (np.asarray(a[name]) != np.asarray(b[name])).any()
       assert moved == (expert_of(name) not in ('bio', 'art')), (kind, name)
+
+
+def test_in_a_balanced_batch_an_expert_whose_rows_score_nothing_does_not_move():
+  """And the others move as if it were not there: what it holds is in no norm and no mean."""
+  model, batches = tiny('period 2'), [batch_of(BALANCED, seed=s) for s in range(2)]
+  prompts = batches[1]['domain_B'] == 2
+  batches[1]['weights_BL'] = jnp.where(prompts[:, None], 0, batches[1]['weights_BL'])
+  (before, _), (after, _) = (steps(model, drawn(model), batches[:n]) for n in (1, 2))
+  np.testing.assert_array_equal(after['optimizer']['counts'], [2, 2, 1, 2])
+  for kind in ('params', 'mu', 'nu'):
+    a, b = (model.canonical(s[kind] if kind in s else s['optimizer'][kind])
+            for s in (before, after))
+    for name in a:
+      same = np.asarray(a[name]).tobytes() == np.asarray(b[name]).tobytes()
+      assert same == (expert_of(name) == EXPERTS[2]), (kind, name)
+
+
+def test_the_count_of_each_expert_is_a_leaf_and_that_of_all_stands_in():
+  model = tiny('gpt')
+  state, _ = steps(model, drawn(model), [batch_of(BALANCED)])
+  state['optimizer']['counts'] = np.arange(4, dtype=np.int32)
+  flat = canonical_state(model, state)
+  counts = {f'optimizer/counts/{e}': i for i, e in enumerate(EXPERTS)}
+  assert {n: x for n, x in flat.items() if n.startswith('optimizer/counts/')} == counts
+  back, _ = running_state(model, flat)
+  assert_same(back, state)
+  saved = {n: x for n, x in flat.items() if n not in list(counts)[:3]}  # of before there were any
+  back, _ = running_state(model, saved)
+  np.testing.assert_array_equal(back['optimizer']['counts'], [1, 1, 1, 3])
+  dense = tiny(ffn='dense')
+  assert 'counts' not in steps(dense, drawn(dense), [])[0]['optimizer']
 
 
 def test_a_batch_without_a_scored_token_changes_nothing():
@@ -116,6 +147,23 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(whole, case):
   assert_close(got, state)
 
 
+def test_an_auxiliary_loss_is_the_mean_over_micro_batches():
+  """A loss like a router's: of the size of one batch, however many rows that has."""
+  class Routed(type(tiny('gpt'))):
+    def apply(self, params, *args, **more):
+      hidden, _, taps = super().apply(params, *args, **more)
+      return hidden, {'balance': jnp.square(params['embed']['tokens'][0]).sum()}, taps
+
+  model, plain = (kind(tiny('gpt').config) for kind in (Routed, type(tiny('gpt'))))
+  params, batch = drawn(plain), batch_of(BALANCED)
+  extra = np.square(np.asarray(params['embed']['tokens'][0])).sum()
+  _, (without,) = steps(plain, params, [batch])
+  found = {n: steps(model, params, [batch], accumulation=n) for n in (1, 2)}
+  for state, (metrics,) in found.values():
+    np.testing.assert_allclose(metrics['loss'] - without['loss'], extra, rtol=1e-4)
+    assert_close(state, found[1][0])
+
+
 @pytest.mark.parametrize('count,groups', [(1, 4), (2, 4), (3, 4), (6, 4), (4, 1), (8, 3)])
 def test_micro_batches_share_out_every_row_once_and_stay_balanced(count, groups):
   domains = np.repeat(np.arange(groups), 24 // groups)
@@ -175,7 +223,9 @@ def test_one_expert_is_the_dense_model_step_for_step(balanced):
   for a, b in zip(got_metrics, metrics):
     np.testing.assert_allclose(a['loss'], b['loss'], rtol=1e-6)
     np.testing.assert_allclose(a['grad_norm'], b['grad_norm'], rtol=2e-6)
-  assert_close(canonical_state(one, got), {
+  got = canonical_state(one, got)
+  assert got.pop('optimizer/counts/law') == 4
+  assert_close(got, {
       rename(n): x for n, x in canonical_state(dense, state).items()}, rtol=1e-5, atol=5e-7)
 
 

@@ -140,7 +140,7 @@ def predict(plan: Plan) -> dict:
   donated = len(jax.tree.leaves(state_here))
   worst = peak(Program(jaxpr.jaxpr, kind, given=range(donated)))
   out = {'parameters': held(state['params']) + held(frozen) if frozen else held(state['params']),
-         'optimizer': 2 * held(state['params']) + 4,
+         'optimizer': 2 * held(state['params']) + 4 + 4 * tree.expert_axis(state['params']),
          'batch': sum(nbytes(x) for x in plan.batch(config.data.batch_size).values()) // plan.ways}
   return {k: (Counter(out) + worst)[k] for k in KINDS}
 

@@ -4,7 +4,8 @@ Forms that XLA's CPU backend runs fast, found with benchmarks/throughput.py at 1
 [B·L, D] projections, products batched over [B, H, L, K] (B and H apart: a mesh can split either), a
 backward pass of its own that keeps one [L, L] array a head (up to 6% of the step's CPU time).
 Masked scores get -1e9, whose exponential is an exact zero: causality and document isolation hold
-bit for bit.
+bit for bit. Scores, their gradient and all sums are float32 in bfloat16 too: a score of 16 rounded
+to 8 bits is off by up to 1/16, and so is its exponential (tests/layers/test_attention.py).
 """
 
 import functools
@@ -92,11 +93,17 @@ def _whole(parts, rows, spans):
   return jnp.concatenate(parts, 3).reshape(B, G, -1, K)
 
 
+def _product(a, b):
+  """a b over the last two axes, float32 whatever the inputs are; those of one type."""
+  return jax.lax.dot_general(a, b, (((3,), (2,)), ((0, 1), (0, 1))),
+                             preferred_element_type=jnp.float32)
+
+
 def _attend(q, k, v, bias, block):
   rows, columns, saved, y = bias.shape[-2], k.shape[2], [], []
   spans = _spans(rows, columns, block)
   for i, end, seen in spans:
-    scores = jax.lax.batch_matmul(_rows(q, rows, i, end), k[:, :, :seen].mT).astype(jnp.float32)
+    scores = _product(_rows(q, rows, i, end), k[:, :, :seen].mT)
     part = bias[..., i:end, :seen]
     B, G, M, _ = scores.shape
     if M == end - i:
@@ -106,9 +113,9 @@ def _attend(q, k, v, bias, block):
       scores = (scores.reshape(B, G, -1, end - i, seen) + part).reshape(scores.shape)
     e = jnp.exp(scores - scores.max(-1, keepdims=True))
     # Dividing after the product with the values takes K divisions a query, not L.
-    inverse = (1 / e.sum(-1, keepdims=True)).astype(v.dtype)
+    inverse = 1 / e.sum(-1, keepdims=True)
     e = e.astype(v.dtype)
-    y.append(jax.lax.batch_matmul(e, v[:, :, :seen]) * inverse)
+    y.append((_product(e, v[:, :, :seen]) * inverse).astype(v.dtype))
     saved.append((e, inverse))
   y = _whole(y, rows, spans)
   return y, (q, k, v, saved, y)
@@ -122,12 +129,16 @@ def _attend_backward(block, residuals, dy):
   for (i, end, seen), (e, inverse) in zip(spans, saved):
     part, seen_k, seen_v = _rows(dy, rows, i, end), k[:, :, :seen], v[:, :, :seen]
     pad = lambda x, seen=seen: jnp.pad(x, ((0, 0), (0, 0), (0, columns - seen), (0, 0)))
-    dv += pad(jax.lax.batch_matmul(e.mT, part * inverse))
-    along = (part * _rows(y, rows, i, end)).sum(-1, keepdims=True)
-    dscores = e * ((jax.lax.batch_matmul(part, seen_v.mT) - along) * inverse)
-    dq.append(jax.lax.batch_matmul(dscores, seen_k))
-    dk += pad(jax.lax.batch_matmul(dscores.mT, _rows(q, rows, i, end)))
-  return _whole(dq, rows, spans), dk, dv, None
+    dv += pad(_product(e.mT, (part * inverse).astype(v.dtype)))
+    slope = _product(part, seen_v.mT)
+    if y.dtype == jnp.float32:
+      along = (part * _rows(y, rows, i, end)).sum(-1, keepdims=True)
+    else:  # the same but for rounding, of which nearly equal numbers would leave nothing else
+      along = (e * slope).sum(-1, keepdims=True) * inverse
+    dscores = (e * ((slope - along) * inverse)).astype(v.dtype)
+    dq.append(_product(dscores, seen_k).astype(q.dtype))
+    dk += pad(_product(dscores.mT, _rows(q, rows, i, end)))
+  return _whole(dq, rows, spans), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
 attend.defvjp(_attend, _attend_backward)
@@ -171,7 +182,7 @@ class Attention(nnx.Module):
       q = rotate(q, positions_BL, c.rope_theta, c.rope_scale)
       k = rotate(k, positions_BL, c.rope_theta, c.rope_scale)
     with jax.named_scope('attend'):
-      q = q * K ** -0.5
+      q = (q.astype(jnp.float32) * K ** -0.5).astype(q.dtype)  # bfloat16 would round K^-½ as well
       block = 0 if remember else causal_block(L)
       if remember:
         k, v = remember(k, v)

@@ -25,14 +25,15 @@ from demix.lifecycle.workdirs import (
 from demix.names import why_no_expert
 from demix.params import Model
 from demix.settings import flatten
+from demix.state import COUNTS
 
 
 def add(model: str, expert: str, source: str, workdir: str, *, require_gain: bool = False,
         data: str = '', limit: int = 0, say=print):
   """Writes `workdir`: the DEMix LM with one more expert.
 
-  Moments of trunk and old experts are the DEMix LM's, those of the new expert its run's; the count
-  of updates, which Adam's bias correction uses, is the DEMix LM's for all.
+  Moments of trunk and old experts are the DEMix LM's, those of the new expert its run's, and so is
+  the count of updates that Adam's bias correction uses for it.
 
   Args:
     model: reference of the DEMix LM. expert: name of the new expert.
@@ -69,6 +70,9 @@ def add(model: str, expert: str, source: str, workdir: str, *, require_gain: boo
     own = old.replace(f'/experts/{parent}/', f'/experts/{expert}/')
     for kind in ('params', 'optimizer/mu', 'optimizer/nu'):
       state[f'{kind}/{own}'] = new[f'{kind}/{dense}']
+  for old in before.experts:
+    state.setdefault(f'{COUNTS}{old}', state['optimizer/count'])
+  state[f'{COUNTS}{expert}'] = new['optimizer/count']
   config = with_domains(before.config, (*before.experts, expert))
   record = {'operation': 'add', 'expert': expert, 'domain': domain, 'parent': parent,
             'model': before.lineage(), 'from': run.lineage(), 'ledger': run.meta['ledger'],

@@ -28,8 +28,10 @@ from demix.mix.mixture import MixConfig
 from demix.params import Model
 from demix.progress import Progress
 from demix.settings import nearest
+from demix.state import COUNTS, saved_part
 
 HOW = ('uniform', 'posterior', 'argmax')
+_COUNT = 'optimizer/count'
 _GROUP = 1 << 26  # bytes of leaves that are read at once: a read has a cost of its own
 
 
@@ -179,17 +181,19 @@ def merge(models: dict, workdir: str, *, weights='uniform', domain: str = '', da
 
 
 def averaged(parents: dict, share, folder: str = '', progress=None) -> dict:
-  """{name: leaves.Later} of all leaves, parameters and moments; the count of updates is the
+  """{name: leaves.Later} of all leaves, parameters and moments; counts of updates are the
   largest. BadInput, when one is made: a parent's leaf is not finite.
 
   Args:
     folder: for sums of leaves that are too large for memory. progress: a Progress that counts.
   """
   chosen = {n: (s, w) for (n, s), w in zip(parents.items(), share) if w}
-  leaves = {}
+  leaves, counts = {}, {}
   for saved, _ in chosen.values():
     there = checkpoint.names(saved.directory, saved.step)
     leaves = {n: x for n, x in (leaves or there).items() if n in there}
+    counts |= {n: x for n, x in there.items() if n.startswith(COUNTS)}
+  leaves |= counts
   sums = _Sums(chosen, {n: leaves[n] for n in in_order(leaves)}, folder, progress)
   return {n: Later(n, *leaves[n], make=functools.partial(sums.take, n)) for n in sums.group_of}
 
@@ -215,17 +219,20 @@ class _Sums:
   def _make(self, group: dict) -> dict:
     large = sum(x.size * x.dtype.itemsize for x in group.values()) > _GROUP
     sums = {name: average.Sum(name, self.folder if large else '') for name in group}
-    count = []
+    counts = {name: [] for name in group if name == _COUNT or name.startswith(COUNTS)}
     for parent, (saved, weight) in self.chosen.items():
-      found = checkpoint.restore(saved.directory, saved.step, group, host=True)
+      like = saved_part(group, saved.meta['leaves'])
+      if len(like) < len(group):  # that of all updates stands for those of experts
+        like[_COUNT] = jax.ShapeDtypeStruct((), np.int32)
+      found = checkpoint.restore(saved.directory, saved.step, like, host=True)
       for name in group:
-        array = found.pop(name)
-        if name == 'optimizer/count':
-          count.append(array)
+        array = found.pop(name) if name in found and name != _COUNT else found[_COUNT]
+        if name in counts:
+          counts[name].append(array)
         else:
           sums[name].add(parent, array, weight)
         del array
-    return {name: max(count) if name == 'optimizer/count' else total.total()
+    return {name: max(counts[name]) if name in counts else total.total()
             for name, total in sums.items()}
 
 

@@ -11,6 +11,7 @@ from demix.errors import BadInput, Refused
 from demix.lifecycle import traces
 from demix.lifecycle.workdirs import check_free, open_demix, with_domains, write
 from demix.settings import nearest
+from demix.state import COUNTS
 
 RESIDUE = ('the trunk was trained on the domain too and keeps a residue of it: this is access '
            'restriction, not unlearning')
@@ -40,7 +41,8 @@ def remove(model: str, expert: str, workdir: str, *, search=(), say=print):
       raise BadInput(f'--search={folder}: no such folder')
   card, state = before.card(), before.arrays()
   state = {n: x for n, x in state.items()
-           if not (found := tree.EXPERT.fullmatch(n)) or found[2] != expert}
+           if not ((found := tree.EXPERT.fullmatch(n)) and found[2] == expert)
+           and n != f'{COUNTS}{expert}'}
   config = with_domains(before.config, tuple(e for e in before.experts if e != expert))
   history = before.meta.get('lifecycle', [])
   folders = [before.workdir.absolute().parent, *map(Path, search)]

@@ -66,7 +66,7 @@ class MixConfig:
   combine: str = option('probabilities', 'probabilities (the papers), logits or pick')
   alpha: float = option(0.3, 'updating, cached: weight of a new value in the moving mean',
                        above=0, high=1)
-  blocks: int = option(200, 'cached, given, best: full blocks of dev text that are read, a fixed sample '
+  blocks: int = option(200, 'cached, given, best: full blocks of dev text, a fixed sample '
                         'in shuffled order', low=1)
   blocks_per_update: int = option(2, 'updating, cached: blocks read between two updates', low=1)
 

@@ -75,7 +75,7 @@ def test_old_experts_and_trunk_are_the_same_to_the_bit(models, grown):
   assert newest(grown)['config']['optimizer']['weight_decay'] == 0.1
   assert {n: new[n] for n in old} == old
   assert {n for n in new if n not in old} == {
-      n.replace('/verse/', f'/{NOVEL}/') for n in old if '/verse/' in n}
+      n.replace('/verse', f'/{NOVEL}') for n in old if '/verse' in n}
   assert logits(models['demix'], corpus.DOMAINS).tobytes() == logits(
       grown, corpus.DOMAINS).tobytes()
 
@@ -93,6 +93,8 @@ def test_the_new_expert_is_the_one_that_was_trained(adapted, grown):
   for name, leaf in run.model.canonical(run.params).items():
     np.testing.assert_array_equal(taken.model.canonical(taken.params)[name], leaf, err_msg=name)
   assert w['optimizer/count'] == 40
+  assert {n.split('/')[2]: int(w[n]) for n in w if n.startswith('optimizer/counts/')} == {
+      **dict.fromkeys(corpus.DOMAINS, 40), NOVEL: 20}  # its run's
 
 
 def test_the_workdir_says_what_it_is(models, adapted, grown, stores):

@@ -12,6 +12,7 @@ import runs
 import demix
 from demix import checkpoint
 from demix.lifecycle import average
+from demix.lifecycle.workdirs import Saved
 from demix.reference import load
 
 DOMAINS = ('verse', 'code')
@@ -70,6 +71,16 @@ def test_copies_and_one_hot_weights_are_that_model_to_the_bit(branches, models, 
   assert merge(tmp_path / 'B', *branches.values(), weights='0,1').code == 0
   assert leaves(tmp_path / 'B')['content_digest'] == own
   assert leaves(tmp_path / 'B')['state_digest'] == leaves(branches['code'])['state_digest']
+
+
+def test_counts_of_updates_are_the_largest(models, tmp_path):
+  a, b = (Saved(models['demix'], step, meta, None) for step in (20, 40) for meta in [
+      checkpoint.read_meta(models['demix'] / 'checkpoints', step)])
+  old = {'optimizer/counts/verse', 'optimizer/counts/code'}  # the second knows none of these
+  b.meta['leaves'] = {n: x for n, x in b.meta['leaves'].items() if n not in old}
+  state = average.averaged({'a': a, 'b': b}, [0.5, 0.5])
+  counts = {n: int(x.make()) for n, x in state.items() if n.startswith('optimizer/count')}
+  assert len(counts) == 5 and set(counts.values()) == {40}
 
 
 @pytest.mark.long
