@@ -56,7 +56,7 @@ def _run(argv):
     here = os.getcwd() if os.path.isdir('.') else ''
     for text, what in [(here, 'the working folder'), *((a, 'argument') for a in argv)]:
       if not _is_text(text):  # names go into JSON, which has no such thing
-        raise BadInput(f'{what} {text!r} is not UTF-8: rename what it names')
+        raise BadInput(f'{what} {text!r} is not UTF-8: write it so, or rename what it names')
     if argv[0] not in VERBS:
       from demix.settings import nearest
       raise BadInput(f'no such verb {argv[0]!r}{nearest(argv[0], VERBS)}')

@@ -105,6 +105,9 @@ class Writer:
     sampling.check()
     members, config = mixture.members, mixture.config
     ids, C = np.asarray(ids, np.int32), members.context
+    if config.prior == 'updating':
+      raise BadInput('mix.prior=updating moves from block to block, and a text that is written is '
+                     'one block: take uniform, which is what it would be')
     if not len(ids):
       raise BadInput('an empty prompt: nothing to go on from')
     if len(ids) > C:

@@ -1,6 +1,5 @@
 """generate: text from a model, one expert, or a mixture whose posterior moves with every token."""
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -39,9 +38,6 @@ def run(argv: list[str]) -> int:
     mix = settings.from_dict(MixConfig, settings.to_dict(mix) | {'prior': given.mix_words}, 'mix')
   if bool(given.prompt) == bool(given.prompt_file):
     raise BadInput('give either --prompt=TEXT or --prompt_file=FILE')
-  check_utf8('prompt', given.prompt)
-  for text in given.stop:
-    check_utf8('stop', text)
   prompt = given.prompt or read(given.prompt_file)
   sampling = {name: getattr(given, name) for name in defaults if name != 'stop'}
   settings.from_dict(SamplingConfig, sampling, 'generate').check()
@@ -84,11 +80,3 @@ def read(path: str) -> str:
   if not text:
     raise BadInput(f'--prompt_file={path}: an empty prompt: nothing to go on from')
   return text
-
-
-def check_utf8(flag: str, text: str):
-  """BadInput for a text of the command line that is not UTF-8."""
-  try:
-    os.fsencode(text).decode()
-  except UnicodeDecodeError as e:
-    raise BadInput(f'--{flag}: not UTF-8 ({e.reason} at byte {e.start})') from None

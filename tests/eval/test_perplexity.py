@@ -137,7 +137,7 @@ def test_limit_scores_a_fixed_sample_of_the_whole_split(stores, models, tmp_path
 
 def test_samples_are_nested_spread_and_fixed():
   assert shuffled(10).tolist() == [2, 4, 6, 8, 5, 1, 7, 0, 9, 3]  # for ever, in any NumPy
-  for count in (100, 1000, 12345):
+  for count in (1000, 12345):
     order = shuffled(count)
     assert sorted(order) == list(range(count))
     tenths = np.bincount(order[:count // 4] * 10 // count, minlength=10)
