@@ -22,7 +22,9 @@ class OptimizerConfig:
   schedule: str = option('linear', 'after warm-up: linear or cosine decay, wsd (warm-up, stable, '
                                    'linear decay at the end) or constant')
   schedule_steps: int = option(0, 'steps the schedule is laid out for; 0: train.steps at the '
-                                  'first start')
+                                  'first start (or, with restart, what is left of them)')
+  restart: int = option(0, 'updates after which the schedule is laid out anew, warm-up included, '
+                           'in a run that is there or goes on from another; 0: never')
   warmup_share: float = option(0.08, 'share of schedule_steps spent on linear warm-up')
   decay_share: float = option(0.2, 'wsd only: share of schedule_steps spent on the final decay')
   final_ratio: float = option(0.0, 'learning rate at the end, as a share of the peak')
@@ -34,8 +36,15 @@ class OptimizerConfig:
                              'as in the papers')
   clip: float = option(0.1, 'global L2 norm that gradients are clipped to; 0: no clip')
 
+  @property
+  def ends(self) -> bool:
+    """Whether the schedule has an end, past which nothing is left of the rate but final_ratio."""
+    return self.schedule != 'constant'
+
   def check(self):
     """Raises BadInput for a value outside its range."""
+    if self.restart < 0:
+      raise BadInput(f'optimizer.restart={self.restart} is below 0: 0 lays out no new schedule')
     if self.schedule not in SCHEDULES:
       raise BadInput(f'optimizer.schedule={self.schedule!r}: no such schedule'
                      f'{nearest(self.schedule, SCHEDULES)}')
@@ -48,23 +57,31 @@ class OptimizerConfig:
 
 
 def schedule(config: OptimizerConfig, steps: int):
-  """step (0-based count of updates done) → learning rate of the next update."""
+  """step (0-based count of updates done) → learning rate of the next update.
+
+  From `steps` on it stays at its end: rounding takes it to no less, and so never below 0.
+  """
   warmup = max(1, round(config.warmup_share * steps))
   peak, final = config.learning_rate, config.learning_rate * config.final_ratio
   rise = optax.linear_schedule(peak / warmup, peak, warmup - 1 or 1)
   rest = max(1, steps - warmup)
   if config.schedule == 'linear':
-    parts, borders = [rise, optax.linear_schedule(peak, final, rest)], [warmup]
+    parts, borders = [rise, _not_below(final, optax.linear_schedule(peak, final, rest))], [warmup]
   elif config.schedule == 'cosine':
     fall = optax.cosine_decay_schedule(peak, rest, alpha=config.final_ratio)
-    parts, borders = [rise, fall], [warmup]
+    parts, borders = [rise, _not_below(final, fall)], [warmup]
   elif config.schedule == 'wsd':
     decay = max(1, round(config.decay_share * steps))
-    parts = [rise, optax.constant_schedule(peak), optax.linear_schedule(peak, final, decay)]
+    parts = [rise, optax.constant_schedule(peak),
+             _not_below(final, optax.linear_schedule(peak, final, decay))]
     borders = [warmup, max(warmup, steps - decay)]
   else:
     parts, borders = [rise, optax.constant_schedule(peak)], [warmup]
   return optax.join_schedules(parts, borders)
+
+
+def _not_below(least, fall):
+  return lambda step: jnp.maximum(fall(step), least)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +91,22 @@ class AdamW:
   The state is {'count': updates done, 'mu': first moments, 'nu': second moments}, trees like the
   parameters, so that everything that speaks leaf names can speak about moments too; and, where
   there are experts, 'counts': the updates that each of them took part in.
+
+  Attributes:
+    steps: of the schedule, from config.restart on. earlier: (first update, steps) of those before.
   """
   config: OptimizerConfig
   steps: int
+  earlier: tuple = ()
+
+  def rate(self, count):
+    """Learning rate of the update after `count` of them."""
+    pieces = (*self.earlier, (self.config.restart, self.steps))
+    parts = [schedule(self.config, steps) for _, steps in pieces]
+    first, *borders = (start for start, _ in pieces)
+    # The schedule before is not asked past its end, nor the one after before its start.
+    return optax.join_schedules(parts, [b - first for b in borders])(
+        count - first if first else count)
 
   def init(self, params) -> dict:
     """Zero moments, float32."""
@@ -104,7 +134,7 @@ class AdamW:
     apply = finite & jnp.isfinite(norm)
     scale = jnp.minimum(1.0, c.clip / jnp.maximum(norm, 1e-30)) if c.clip else 1.0
     count = optax.safe_increment(state['count'])
-    rate = schedule(c, self.steps)(state['count'])
+    rate = self.rate(state['count'])
     counts = {'counts': optax.safe_increment(state['counts'])} if 'counts' in state else {}
 
     def keep(name, leaf):

@@ -10,7 +10,7 @@ does not need the model it started from.
 import dataclasses
 import os
 
-from demix import checkpoint, reference, settings
+from demix import checkpoint, horizon, reference, settings
 from demix.config import NEAREST, Config, InitConfig
 from demix.data.store import TokenStore
 from demix.errors import BadInput, DemixError
@@ -33,7 +33,8 @@ class Start:
     record: what config.json and meta.json keep as `init`: model (as it was named), workdir, step,
       content_digest (of all its parameters), expert ('' for none), asked, posterior (by expert,
       where it was estimated), schedule_steps (of its optimizer), ancestors (content digests that
-      the model goes back to).
+      the model goes back to); of an optimizer that goes on also updates, and where its schedule was
+      laid out anew restart and schedules (horizon.pieces).
   """
   model: ModelConfig
   record: dict
@@ -151,8 +152,11 @@ def find(config: Config, store: TokenStore, saved: dict | None, workdir) -> Star
   model = parent.model
   if asked:
     model = dataclasses.replace(model, ffn='dense', experts=(), expert_every=1)
+  going_on = {}
+  if init.optimizer == 'continue':
+    going_on = {'updates': horizon.updates_of(directory, step, meta)} | horizon.pieces(meta)
   return Start(model, {
-      'model': init.model, 'workdir': os.path.abspath(ref.workdir), 'step': step,
+      **going_on, 'model': init.model, 'workdir': os.path.abspath(ref.workdir), 'step': step,
       'content_digest': meta['content_digest'], 'expert': asked, 'asked': asked, 'posterior': None,
       'schedule_steps': parent.optimizer.schedule_steps,
       'ancestors': sorted(lineage.ancestors(meta))})
