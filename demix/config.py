@@ -22,8 +22,8 @@ from demix.settings import option
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
   """The loop."""
-  steps: int = option(1000, 'updates to train to; more than before goes on', operational=True,
-                      low=1)
+  steps: int = option(1000, 'updates to train to; on a run that is there it goes on, up to the '
+                      'end of its schedule (optimizer.restart)', operational=True, low=1)
   accumulation: int = option(1, 'micro-batches per update (gradients of the whole batch)', low=1)
   compute_dtype: str = option('float32', 'float32, or bfloat16 with float32 master weights',
                               choices=('float32', 'bfloat16'))
@@ -194,6 +194,8 @@ def identity_of(config: Config, *, data: str, tokenizer: str, init: dict | None 
   out = settings.flatten(config, operational=False)
   if not config.init.model:  # as before there was anything else to start from
     out = {name: value for name, value in out.items() if not name.startswith('init.')}
+  if not config.optimizer.restart:  # as before schedules could be laid out anew
+    del out['optimizer.restart']
   if not config.data.schedule:  # as before shares could change
     out = {name: value for name, value in out.items() if not name.startswith('data.schedule')}
   return out | (init or {}) | {'data.fingerprint': data, 'tokenizer.fingerprint': tokenizer}

@@ -13,23 +13,31 @@ from demix.optimizer_config import OptimizerConfig
 
 
 def schedule(config: OptimizerConfig, steps: int):
-  """step (0-based count of updates done) → learning rate of the next update."""
+  """step (0-based count of updates done) → learning rate of the next update.
+
+  From `steps` on it stays at its end: rounding takes it to no less, and so never below 0.
+  """
   warmup = max(1, round(config.warmup_share * steps))
   peak, final = config.learning_rate, config.learning_rate * config.final_ratio
   rise = optax.linear_schedule(peak / warmup, peak, warmup - 1 or 1)
   rest = max(1, steps - warmup)
   if config.schedule == 'linear':
-    parts, borders = [rise, optax.linear_schedule(peak, final, rest)], [warmup]
+    parts, borders = [rise, _not_below(final, optax.linear_schedule(peak, final, rest))], [warmup]
   elif config.schedule == 'cosine':
     fall = optax.cosine_decay_schedule(peak, rest, alpha=config.final_ratio)
-    parts, borders = [rise, fall], [warmup]
+    parts, borders = [rise, _not_below(final, fall)], [warmup]
   elif config.schedule == 'wsd':
     decay = max(1, round(config.decay_share * steps))
-    parts = [rise, optax.constant_schedule(peak), optax.linear_schedule(peak, final, decay)]
+    parts = [rise, optax.constant_schedule(peak),
+             _not_below(final, optax.linear_schedule(peak, final, decay))]
     borders = [warmup, max(warmup, steps - decay)]
   else:
     parts, borders = [rise, optax.constant_schedule(peak)], [warmup]
   return optax.join_schedules(parts, borders)
+
+
+def _not_below(least, fall):
+  return lambda step: jnp.maximum(fall(step), least)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +47,22 @@ class AdamW:
   The state is {'count': updates done, 'mu': first moments, 'nu': second moments}, trees like the
   parameters, so that everything that speaks leaf names can speak about moments too; and, where
   there are experts, 'counts': the updates that each of them took part in.
+
+  Attributes:
+    steps: of the schedule, from config.restart on. earlier: (first update, steps) of those before.
   """
   config: OptimizerConfig
   steps: int
+  earlier: tuple = ()
+
+  def rate(self, count):
+    """Learning rate of the update after `count` of them."""
+    pieces = (*self.earlier, (self.config.restart, self.steps))
+    parts = [schedule(self.config, steps) for _, steps in pieces]
+    first, *borders = (start for start, _ in pieces)
+    # The schedule before is not asked past its end, nor the one after before its start.
+    return optax.join_schedules(parts, [b - first for b in borders])(
+        count - first if first else count)
 
   def init(self, params) -> dict:
     """Zero moments, float32."""
@@ -69,7 +90,7 @@ class AdamW:
     apply = finite & jnp.isfinite(norm)
     scale = jnp.minimum(1.0, c.clip / jnp.maximum(norm, 1e-30)) if c.clip else 1.0
     count = optax.safe_increment(state['count'])
-    rate = schedule(c, self.steps)(state['count'])
+    rate = self.rate(state['count'])
     counts = {'counts': optax.safe_increment(state['counts'])} if 'counts' in state else {}
 
     def keep(name, leaf):

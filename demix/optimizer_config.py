@@ -15,7 +15,9 @@ class OptimizerConfig:
                                    'linear decay at the end) or constant',
                          choices=('linear', 'cosine', 'wsd', 'constant'))
   schedule_steps: int = option(0, 'steps the schedule is laid out for; 0: train.steps at the '
-                                  'first start', low=0)
+                                  'first start (or, with restart, what is left of them)', low=0)
+  restart: int = option(0, 'updates after which the schedule is laid out anew, warm-up included, '
+                           'in a run that is there or goes on from another; 0: never', low=0)
   warmup_share: float = option(0.08, 'share of schedule_steps spent on linear warm-up',
                                low=0, high=1)
   decay_share: float = option(0.2, 'wsd only: share of schedule_steps spent on the final decay',
@@ -29,6 +31,11 @@ class OptimizerConfig:
   no_decay: str = option('', "regex of leaves without decay ('bias|norm|embed'); '': all decay, "
                              'as in the papers')
   clip: float = option(0.1, 'global L2 norm that gradients are clipped to; 0: no clip', low=0)
+
+  @property
+  def ends(self) -> bool:
+    """Whether the schedule has an end, past which nothing is left of the rate but final_ratio."""
+    return self.schedule != 'constant'
 
   def check(self):
     """Raises BadInput for values that cannot be."""

@@ -5,7 +5,6 @@ moments and step; a run that was killed and started again goes through the same 
 """
 
 import contextlib
-import dataclasses
 import math
 import re
 import shutil
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from demix import checkpoint, processes, settings, sharding, tree
+from demix import checkpoint, horizon, processes, settings, sharding, tree
 from demix.clock import Clock
 from demix.config import (
   TRAINABLE,
@@ -71,6 +70,8 @@ def differences(a: 'Run', b: 'Run') -> list[str]:
   ours, theirs = settings.flatten(a.config), settings.flatten(b.config)
   out = [f'{n} {ours[n]} and {theirs[n]}' for n in ours
          if _ALIKE.match(n) and ours[n] != theirs[n]]
+  if a.earlier != b.earlier:
+    out.append(f'schedules before {a.earlier} and {b.earlier}')
   if len(a.domains) != len(b.domains):
     out.append(f'{len(a.domains)} and {len(b.domains)} domains')
   return out
@@ -80,7 +81,8 @@ class Run:
   """One training run in a workdir whose lock is held.
 
   Attributes:
-    step: updates begun. read: whose numbers were read. loss: of the last of these.
+    step: updates begun. updates: that changed something, as the optimizer counts, those of a model
+      that it goes on from included. read: whose numbers were read. loss: of the last of these.
   """
 
   def __init__(self, config: Config, workdir: Path, name: str = ''):
@@ -90,19 +92,20 @@ class Run:
     self.store = TokenStore.open(config.data.path, config.data.domains)
     there = (workdir / 'config.json').exists()
     saved = load_identity(workdir) if there else None
-    self.init = find(config, self.store, load_config(workdir) if there else None, workdir)
-    if self.init and config.init.optimizer == 'continue' and not config.optimizer.schedule_steps:
-      config = dataclasses.replace(config, optimizer=dataclasses.replace(
-          config.optimizer, schedule_steps=self.init.record['schedule_steps']))
-    config = complete(config, self.store, saved, self.init and self.init.model)
-    self.lineage = {}
+    known = load_config(workdir) if there else None
+    self.init = find(config, self.store, known, workdir)
+    going_on = self.init and config.init.optimizer == 'continue'
+    config, self.earlier = horizon.settle(
+        config, complete(config, self.store, saved, self.init and self.init.model),
+        horizon.standing(self.directory, known, self.init.record if going_on else None), workdir)
+    self.lineage = {'schedules': self.earlier} if self.earlier else {}
     if self.init:
       config = self.init.settle(config, self.store)
       self.lineage['init'] = self.init.record
     self.config = config
     self.identity = identity(config, self.store, self.init and self.init.identity)
     if saved is not None:
-      check_identity(saved, self.identity, workdir)
+      check_identity(horizon.comparable(saved, self.identity), self.identity, workdir)
     self.domains = config.data.domains
     self.symbols = domain_symbols(config)
     mesh = sharding.make_mesh(config.mesh, experts=len(config.model.experts))
@@ -115,7 +118,7 @@ class Run:
                            rows=self.mine)
     self.program = shared(Program(
         model=Model(config.model, config.execution, config.train.compute_dtype),
-        adamw=AdamW(config.optimizer, config.optimizer.schedule_steps),
+        adamw=AdamW(config.optimizer, config.optimizer.schedule_steps, self.earlier),
         part=TRAINABLE[config.init.trainable], domains=len(self.domains),
         balanced=config.data.sampling == 'balanced', accumulation=config.train.accumulation,
         mesh=mesh))
@@ -124,7 +127,7 @@ class Run:
     self.flops = (config.data.batch_size * config.data.sequence_length
                   * self.model.flops_per_token(config.data.sequence_length))
     self.ledger = {'tokens': 0, 'flops': 0, 'seconds': 0.0}
-    self.step, self.read, self.loss, self._pending = 0, 0, None, None
+    self.step, self.updates, self.read, self.loss, self._pending = 0, 0, 0, None, None
 
   @property
   def steps(self) -> int:
@@ -141,14 +144,16 @@ class Run:
     if step is None:
       if self.init and self.config.init.optimizer == 'continue':
         flat = self.init.moments(like)  # first: the model is let go of with its parameters
+        self.updates = int(processes.whole(flat['optimizer/count']))
         return program.go_on(sharding.put(self.init.parameters(), here), flat)
       if self.init:
         return program.begin(sharding.put(self.init.parameters(), here))
       return program.fresh(self.config.seed)
     meta = checkpoint.read_meta(self.directory, step)
-    check_identity(meta['identity'], self.identity, self.workdir)
-    self.ledger = meta['ledger']
-    self.lineage = {name: meta[name] for name in ('init', 'lifecycle') if name in meta}
+    check_identity(horizon.comparable(meta['identity'], self.identity), self.identity,
+                   self.workdir)
+    self.ledger, self.updates = meta['ledger'], horizon.updates_of(self.directory, step, meta)
+    self.lineage |= {name: meta[name] for name in ('init', 'lifecycle') if name in meta}
     flat = checkpoint.restore(self.directory, step, saved_part(like, meta['leaves']))
     self.step = step
     return program.restored(flat)
@@ -156,7 +161,7 @@ class Run:
   def meta(self) -> dict:
     """What made the checkpoint of `step`; the data index is step + skipped."""
     step = self.step
-    return {'step': step, 'skipped': 0, 'data_index': step,
+    return {'step': step, 'skipped': 0, 'data_index': step, 'updates': self.updates,
             'config': settings.to_dict(self.config), 'identity': self.identity,
             'config_digest': digest(self.identity), 'domains': list(self.domains),
             'tokenizer': self.store.tokenizer_meta['fingerprint'],
@@ -174,11 +179,16 @@ class Run:
                     dirs_exist_ok=True)
 
   def origin(self) -> list[str]:
-    """Lines that say where it starts from; none for fresh parameters."""
-    if not self.init:
-      return []
-    trained = tree.size(self.program.abstract[0]['params'])
-    return [f'starts from {self.init.describe()}', f'trains      {quantity(trained)} parameters']
+    """Lines that say where it starts from; none for fresh parameters and their first schedule."""
+    lines, optimizer = [], self.config.optimizer
+    if self.init:
+      trained = tree.size(self.program.abstract[0]['params'])
+      lines = [f'starts from {self.init.describe()}',
+               f'trains      {quantity(trained)} parameters']
+    if optimizer.restart:
+      lines.append(f'schedule    anew from update {optimizer.restart} on, for '
+                   f'{optimizer.schedule_steps}')
+    return lines
 
   def say(self, text: str):
     """Prints a line, with the name of the run where there are several."""
@@ -251,6 +261,7 @@ class Run:
           f'{whose}step {step}: loss {out["loss"]}, gradient norm {out["grad_norm"]}; worst domain '
           f'{self.domains[worst]} at {nll_D[worst]} nats; no parameter was changed by that step; '
           'lower optimizer.learning_rate or look at that domain')
+    self.updates += int(out['applied'])
     self.ledger['tokens'] += int(out['tokens_D'].sum())
     self.ledger['flops'] += self.flops
     self.clock.step()

@@ -12,7 +12,7 @@ import math
 import os
 import sys
 
-from demix import checkpoint, reference, settings
+from demix import checkpoint, horizon, reference, settings
 from demix.config import NEAREST, Config, InitConfig
 from demix.data.store import TokenStore
 from demix.errors import BadInput, DemixError
@@ -34,7 +34,9 @@ class Start:
     record: what config.json and meta.json keep as `init`: model (as it was named), workdir, step,
       content_digest (of all its parameters), expert ('' for none), asked, nll, margin, error,
       nearest (eval/nearest.py, where the expert was chosen by it), schedule_steps (of its
-      optimizer), ancestors (content digests that the model goes back to).
+      optimizer), ancestors (content digests that the model goes back to); of an optimizer that
+      goes on also updates, and where its schedule was laid out anew restart and schedules
+      (horizon.pieces).
   """
   model: ModelConfig
   record: dict
@@ -161,8 +163,11 @@ def find(config: Config, store: TokenStore, saved: dict | None, workdir) -> Star
   model = parent.model
   if asked:
     model = dataclasses.replace(model, ffn='dense', experts=(), expert_every=1)
+  going_on = {}
+  if init.optimizer == 'continue':
+    going_on = {'updates': horizon.updates_of(directory, step, meta)} | horizon.pieces(meta)
   return Start(model, {
-      'model': init.model, 'workdir': os.path.abspath(ref.workdir), 'step': step,
+      **going_on, 'model': init.model, 'workdir': os.path.abspath(ref.workdir), 'step': step,
       'content_digest': meta['content_digest'], 'expert': asked, 'asked': asked,
       'schedule_steps': parent.optimizer.schedule_steps,
       'ancestors': sorted(lineage.ancestors(meta))})

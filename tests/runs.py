@@ -53,7 +53,11 @@ class Ended:
 
 def overrides(store, workdir, **changes) -> list[str]:
   """Flags of `train` for the tiny model; `changes` have __ for a dot: model__ffn='demix'."""
-  config = TINY | {'data.path': store} | {k.replace('__', '.'): v for k, v in changes.items()}
+  changes = {k.replace('__', '.'): v for k, v in changes.items()}
+  config = TINY | {'data.path': store} | changes
+  if 'optimizer.schedule_steps' not in changes:
+    config['optimizer.schedule_steps'] = max(config['optimizer.schedule_steps'],
+                                             int(config['train.steps']))
   return [f'--workdir={workdir}', *(f'--config.{k}={v}' for k, v in config.items())]
 
 

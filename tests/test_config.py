@@ -256,7 +256,7 @@ def test_identity_is_what_defines_the_experiment(store, tmp_path):
   expected = {k for k in settings.flatten(full) if k not in {
       'data.path', 'train.steps', 'train.log_every', 'train.eval_every', 'train.eval_sequences',
       'train.checkpoint_every', 'train.max_to_keep', 'train.keep_every', 'train.tensorboard',
-          'train.lift'}
+          'train.lift', 'optimizer.restart'}
       and not k.startswith(('execution.', 'mesh.', 'init.', 'data.schedule'))}  # docs/contracts.md
   assert flat.keys() == expected | {'data.fingerprint', 'tokenizer.fingerprint'}
   assert orjson.loads(orjson.dumps(flat)) == flat

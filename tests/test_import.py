@@ -25,7 +25,7 @@ LEVELS = (
     'catalogue leaves checkpoint mix',
     'forest',
     'config',
-    'reference',
+    'horizon reference',
     'eval',
     'start lifecycle sampling',
     'run generate',

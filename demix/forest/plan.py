@@ -116,6 +116,8 @@ def check(plan: dict, where: str, there=()):
   order({'experts': {n: {'parents': parents(plan, n)} for n in experts}}, where)
   for name in experts:
     step_of(plan, name, where)
+  for name in [SEED] * (plan['seed'] is not None) + list(experts):
+    _check_schedule(plan, name, where)
 
 
 def _check_parent(plan, name, where, known):
@@ -144,6 +146,41 @@ def _check_parent(plan, name, where, known):
   if parent.how == POSTERIOR and len(domains) != 1:
     raise BadInput(f'{where}: expert {name} has parent={POSTERIOR} and domains '
                    f'{", ".join(domains)}: the posterior is estimated on the text of one')
+
+
+def reach(plan: dict, name: str) -> tuple[int, int, int] | None:
+  """(updates at the end of training, first update and steps of the schedule); a run that goes on
+  with its parent's optimizer counts the parent's. None: it goes on from one that is not planned."""
+  config, branch = config_of(plan, name), plan['experts'].get(name)
+  steps, optimizer = config['train']['steps'], config.get('optimizer', {})
+  before, start, length = 0, 0, steps
+  if branch and config.get('init', {}).get('optimizer') == 'continue':
+    parent = parent_of(plan, name)
+    planned = [*plan['experts'], *([SEED] if plan['seed'] is not None else ())]
+    known = [n for n in parent.names if n in planned]
+    found = [reach(plan, n) for n in known]
+    if not found or len(known) < len(parent.names) or None in found:
+      return None
+    before, (_, start, length) = max(f[0] for f in found), found[0]
+    if parent.at:
+      before -= config_of(plan, known[0])['train']['steps'] - step_of(plan, name)
+  length = optimizer.get('schedule_steps') or length
+  if restart := optimizer.get('restart', 0):
+    start, length = restart, optimizer.get('schedule_steps') or before + steps - restart
+  return before + steps, start, length
+
+
+def _check_schedule(plan, name, where):
+  found, config = reach(plan, name), config_of(plan, name)
+  if not found or config.get('optimizer', {}).get('schedule') == 'constant':
+    return
+  last, start, length = found
+  if last > start + length:
+    before = last - config['train']['steps']
+    count = f'{config["train"]["steps"]}' + (f' + {before} of its parents' if before else '')
+    fresh = ', or init.optimizer=fresh' if before else ''
+    raise BadInput(f'{where}: {name} trains for {count} updates, past the end of its schedule at '
+                   f'{start + length}: give optimizer.schedule_steps={last - start}{fresh}')
 
 
 def parents(plan: dict, name: str) -> tuple:

@@ -302,6 +302,7 @@ def write_result(target: Path, parents: dict, state: dict, record: dict):
   ledger = {k: sum(phase[k] for phase in phases.values()) for k in ('tokens', 'flops', 'seconds')}
   record = record | {'phases': phases}
   config = with_domains(dataclasses.replace(first.config, init=InitConfig()), domains)
-  meta = {n: x for n, x in first.meta.items() if n not in ('init', 'lifecycle')}
+  # The count of updates is the largest, and stands in its leaf.
+  meta = {n: x for n, x in first.meta.items() if n not in ('init', 'lifecycle', 'updates')}
   meta['identity'] = {n: x for n, x in meta['identity'].items() if not n.startswith('init.')}
   write(target, dataclasses.replace(first, meta=meta), state, config, card, record, ledger=ledger)

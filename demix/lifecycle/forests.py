@@ -72,10 +72,17 @@ def _plain(value):
 
 def _asked(content, name):
   if name == SEED:
-    return plan.config_of(content, name) if content['seed'] is not None else None
+    return _whole(content, name) if content['seed'] is not None else None
   if name not in content['experts']:
     return None
-  return str(plan.parent_of(content, name)), plan.config_of(content, name)
+  return str(plan.parent_of(content, name)), _whole(content, name)
+
+
+def _whole(content, name):
+  """Its Config: a plan from before a key was there means the key's default."""
+  from demix import settings
+  from demix.config import Config  # of JAX; most actions need none
+  return settings.from_dict(Config, plan.config_of(content, name), f'plan of {name}')
 
 
 def state_of(folder: Path, forest: dict, name: str) -> tuple[str, int, int]:

@@ -153,7 +153,7 @@ def write(workdir: Path, before: Saved, state: dict, config: Config, card: dict,
   meta |= {'config': settings.to_dict(config), 'identity': identity,
            'config_digest': digest(identity), 'domains': list(domains), 'data': data,
            'lifecycle': [*meta.get('lifecycle', []), record], **changes}
-  lineage = {n: meta[n] for n in ('init', 'lifecycle') if n in meta}
+  lineage = {n: meta[n] for n in ('init', 'lifecycle', 'schedules') if n in meta}
   making = workdir.absolute().parent / f'.{workdir.name}.making-{os.getpid()}'
   try:
     making.mkdir(parents=True)
