@@ -1,6 +1,5 @@
 """evaluate: perplexity and bits per byte per domain, for one or more models, in one table."""
 
-import re
 from pathlib import Path
 
 from demix.errors import BadInput
@@ -42,8 +41,8 @@ def run(argv: list[str]) -> int:
   from demix import reference
   models = {}
   for text in given.model:
-    named = re.fullmatch(r'([\w.+-]+)=(.+)', text)  # a / before the = is part of a path
-    name, ref = named.groups() if named else (reference.parse(text).workdir.resolve().name, text)
+    name, ref = reference.named(text)
+    name = name or reference.parse(ref).workdir.resolve().name
     if name in models:
       raise BadInput(f'two models are named {name!r}: write --model=OTHER={ref}')
     reference.parse(ref)
