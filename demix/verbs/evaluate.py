@@ -18,9 +18,10 @@ def run(argv: list[str]) -> int:
   verb.string('data', '', "token store; the first model's own by default")
   verb.string('domains', '', 'comma-separated domains; all that the store has by default')
   verb.string('split', 'test', 'split to score')
-  verb.integer('stride', 0, 'tokens scored per window; 0: blocks that do not overlap (the papers)')
-  verb.integer('limit', 0, 'windows per domain, the first ones; 0: all')
-  verb.integer('batch_size', 32, 'windows per forward pass')
+  verb.integer('stride', 0, 'tokens scored per window; 0: blocks that do not overlap (the papers)',
+               low=0)
+  verb.integer('limit', 0, 'windows per domain, the first ones; 0: all', low=0)
+  verb.integer('batch_size', 32, 'windows per forward pass', low=1)
   verb.string('force', '', "the expert or <domain> symbol given on domains that were not trained "
               "on; by default the one that is best on the domain's valid text")
   verb.config(MixConfig, 'WAYS', 'mix', 'mix the experts of DEMix LMs: all, or a comma-separated '
