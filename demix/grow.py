@@ -15,6 +15,7 @@ from demix.forest.manifest import SEED
 from demix.lifecycle import average
 from demix.lifecycle.forests import names, state_of
 from demix.lifecycle.register import register
+from demix.reference import Reference
 from demix.workdir import hold
 
 
@@ -29,11 +30,11 @@ def config_of(folder: Path, forest: dict, name: str, data: str) -> Config:
     parent = plan.parent_of(content, name)
     if parent.averaged:
       where = folder / plan.parent_folder(name)
-      nested['init']['model'] = f'{where}@{catalogue.steps(where / "checkpoints")[-1]}'
+      nested['init']['model'] = str(Reference(where, catalogue.steps(where / 'checkpoints')[-1]))
     elif parent.names:
       entry = _entry(forest, parent.names[0])
       step = plan.step_of(content, name) or entry['step']
-      nested['init']['model'] = f'{folder / entry["workdir"]}@{step}'
+      nested['init']['model'] = str(Reference(folder / entry['workdir'], step))
   return settings.from_dict(Config, nested, f'plan of {name}')
 
 
@@ -52,7 +53,7 @@ def make_parent(folder: Path, forest: dict, name: str, data: str, say=print):
   models = {}
   for other in parent.names:
     entry = _require(forest, name, other)
-    models[other] = f'{folder / entry["workdir"]}@{entry["step"]}'
+    models[other] = Reference(folder / entry['workdir'], entry['step'])
   target = folder / plan.parent_folder(name)
   say(f'{name:<12} starts from an average: {parent}')
   [domain, *_] = content['experts'][name]['domains']

@@ -2,11 +2,13 @@
 
 `W` is the newest trusted checkpoint of the workdir W, `W@20000` a step, `W#legal` one expert of a
 DEMix LM as a dense LM, `W@20000#legal` both. `forest:F` is all experts of the forest F,
-`forest:F#legal` one of them. (`hf:DIR` comes with its work.)
+`forest:F#legal` one of them. (`hf:DIR` comes with its work.) What code
+builds from paths is a Reference.
 """
 
 import dataclasses
 import functools
+import os
 import re
 from pathlib import Path
 
@@ -17,11 +19,25 @@ from demix.settings import nearest
 @dataclasses.dataclass(frozen=True)
 class Reference:
   """A parsed model reference: step and expert are None where none is named; `workdir` is the
-  forest's folder where `forest` is true."""
+  forest's folder where `forest` is true. It may be given wherever a reference is."""
   workdir: Path
   step: int | None = None
   expert: str | None = None
   forest: bool = False
+
+  def __str__(self):
+    """A text that `parse` takes for this, whatever the folders are called."""
+    kind, path = 'forest:' if self.forest else '', str(self.workdir)
+    if path.startswith(_KINDS):
+      path = f'./{path}'
+    end = '' if self.step is None else f'@{self.step}'
+    end += f'#{self.expert}' if self.expert else ''
+    texts = [f'{kind}{path}{close}{end}' for close in ('', '/', '/.')]
+    return next((text for text in texts if _read(text) == self), texts[-1])
+
+
+_KINDS = ('forest:', 'hf:')
+_NAME = '[A-Za-z0-9_-]+'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -352,28 +368,61 @@ def load_forest(folder: Path) -> LoadedForest:
   return LoadedForest(folder, *map(tuple, zip(*found)), manifest.seed_meta(folder, forest))
 
 
-def parse(text: str) -> Reference:
+def parse(text: 'str | Reference') -> Reference:
   """'W@20000#legal' → Reference.
+
+  It is read from the right, and a folder that exists is taken for one, whatever is in its name; a /
+  ends a path: `W/@20000` is a step of W even beside a folder W@20000.
 
   Raises:
     BadInput: not of that form, or a kind of reference that is not built.
   """
+  if isinstance(text, Reference):
+    return text
   if text.startswith('hf:'):
     raise BadInput(f'model reference {text!r}: hf: references are not built yet; '
                    'name a workdir: W, W@STEP or W#EXPERT')
-  if text.startswith('forest:'):
-    found = re.fullmatch(r'forest:(?P<f>[^@#]+)(#(?P<expert>[A-Za-z0-9_/-]+))?', text)
-    if not found:
-      raise BadInput(f'model reference {text!r} is not forest:F or forest:F#EXPERT')
-    return Reference(Path(found['f']), None, found['expert'], True)
-  found = re.fullmatch(r'(?P<w>[^@#]+)(@(?P<step>\d+))?(#(?P<expert>[A-Za-z0-9_-]+))?', text)
+  found = _read(text)
   if not found:
-    raise BadInput(f'model reference {text!r} is not W, W@STEP or W#EXPERT')
-  step = int(found['step']) if found['step'] else None
-  return Reference(Path(found['w']), step, found['expert'])
+    form = 'forest:F or forest:F#EXPERT' if text.startswith('forest:') else \
+        'W, W@STEP or W#EXPERT'
+    raise BadInput(f'model reference {text!r} is not {form}, and no folder is called so')
+  return found
 
 
-def locate(text: str) -> tuple[Reference, Path, int]:
+def _read(text: str) -> Reference | None:
+  """See `parse`; None for what is of no form."""
+  forest = text.startswith('forest:')
+  text = text.removeprefix('forest:') if forest else text
+  step, expert = '@(?P<step>[0-9]+)', f'#(?P<expert>{_NAME})'
+  member = f'#(?P<expert>{_NAME}(?:/{_NAME})?)'
+  ends = ('', member) if forest else ('', expert, step, step + expert)
+  readings = []  # the longest path first
+  for end in ends:
+    if found := re.fullmatch(f'(?P<path>.+?){end}', text, re.DOTALL):
+      named = found.groupdict()
+      at = int(named['step']) if 'step' in named else None
+      reading = Reference(Path(found['path']), at, named.get('expert'), forest)
+      readings.append((found['path'], reading))
+  for inside in ('forest.json' if forest else 'checkpoints', '.'):  # a model before a mere folder
+    for _, reading in readings:
+      if os.path.exists(reading.workdir / inside):
+        return reading
+  for path, reading in reversed(readings):  # as much as can be is step and expert
+    if not re.search('[@#]', path.rpartition('/')[2]):
+      return reading
+  return None
+
+
+def named(text: str) -> tuple[str, str]:
+  """NAME=REFERENCE → (name, reference); ('', reference) without a name, or where a folder is called
+  like the whole."""
+  found = re.fullmatch(r'([\w.+-]+)=(.+)', text, re.DOTALL)  # a / before the = is part of a path
+  whole = _read(text)
+  return found.groups() if found and not (whole and os.path.exists(whole.workdir)) else ('', text)
+
+
+def locate(text: 'str | Reference') -> tuple[Reference, Path, int]:
   """What a reference names: (reference, W/checkpoints, a step that was verified).
 
   Raises:
@@ -381,7 +430,7 @@ def locate(text: str) -> tuple[Reference, Path, int]:
     NothingToLoad: there are checkpoints, but none that can be trusted.
   """
   from demix import catalogue
-  ref = parse(text)
+  ref, text = parse(text), str(text)
   if ref.forest:
     if not ref.expert:
       raise BadInput(f'model {text!r}: a forest is many models; name one expert, {text}#NAME')
@@ -403,17 +452,17 @@ def locate(text: str) -> tuple[Reference, Path, int]:
   return ref, directory, step
 
 
-def load(text: str) -> 'Loaded | LoadedForest':
+def load(text: 'str | Reference') -> 'Loaded | LoadedForest':
   """Loads the model that a reference names, verified.
 
   Raises:
     BadInput: no such workdir, step or expert.
     NothingToLoad: there are checkpoints, but none that can be trusted.
   """
-  named = parse(text)
+  named, text = parse(text), str(text)
   if named.forest and not named.expert:
     return load_forest(named.workdir)
-  ref, _, step = locate(text)
+  ref, _, step = locate(named)
   loaded = load_at(ref.workdir, step, ref.expert, text)
   return loaded if ref.expert else dataclasses.replace(loaded, expert=named.expert)
 

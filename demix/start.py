@@ -107,7 +107,7 @@ class Start:
   def _load(self):
     if self._loaded is None:
       record = self.record
-      text = f'{reference.parse(record["model"]).workdir}@{record["step"]}'
+      text = reference.Reference(reference.parse(record['model']).workdir, record['step'])
       try:
         loaded = reference.load(text)
       except DemixError as e:

@@ -53,7 +53,8 @@ def forest(*argv):
 @pytest.fixture(scope='module')
 def grown(stores, tmp_path_factory):
   """A forest of three experts that are grown by its plan."""
-  folder = tmp_path_factory.mktemp('forest')
+  folder = tmp_path_factory.mktemp('forest') / 'me@host:a=b' / 'run#1@2'
+  folder.mkdir(parents=True)  # names that references have signs of
   F = folder / 'F'
   planned = forest('plan', f'--config={config_file(folder)}', f'--forest={F}',
                    f'--data={stores.bytes}')

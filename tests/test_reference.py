@@ -13,7 +13,7 @@ from checkpoint_cases import flip
 from demix import checkpoint
 from demix.errors import BadInput, NothingToLoad
 from demix.params import expert_slice
-from demix.reference import Reference, load, parse
+from demix.reference import Reference, load, named, parse
 
 
 @pytest.mark.parametrize(('text', 'expected'), [
@@ -35,7 +35,8 @@ def test_what_is_no_reference_is_refused(text):
 
 @pytest.mark.parametrize(('text', 'expected'), [
     ('forest:runs/F', Reference(Path('runs/F'), forest=True)),
-    ('forest:F#legal', Reference(Path('F'), None, 'legal', True))])
+    ('forest:F#legal', Reference(Path('F'), None, 'legal', True)),
+    ('forest:a/F#law/civil-2', Reference(Path('a/F'), None, 'law/civil-2', True))])
 def test_references_to_a_forest(text, expected):
   assert parse(text) == expected
 
@@ -44,6 +45,45 @@ def test_references_to_a_forest(text, expected):
 def test_what_is_no_reference_to_a_forest_is_refused(text):
   with pytest.raises(BadInput, match='is not forest:F or forest:F#EXPERT'):
     parse(text)
+
+
+NAMES = ['W', 'W@7', 'W#legal', 'W@7#legal', 'W#', '@', '#', '@7', '#legal', 'a=b', 'a:b',
+         'forest:W', 'hf:W', 'W@7@8', 'W#a#b', 'W 1', 'W\n1', '…', 'W.py:1']
+
+
+@pytest.mark.parametrize('there', [False, True])
+def test_a_reference_is_read_as_it_was_made_whatever_folders_are_called(tmp_path, monkeypatch,
+                                                                        there):
+  """Above the workdir and as its name, absolute and relative, with folders of all these names
+  beside it or without any."""
+  monkeypatch.chdir(tmp_path)
+  for above in NAMES if there else ():
+    for name in NAMES:
+      (tmp_path / above / name / 'checkpoints').mkdir(parents=True)
+      (tmp_path / above / name / 'forest.json').write_text('')
+  ends = [{}, {'step': 0}, {'step': 7}, {'expert': 'legal'}, {'step': 7, 'expert': 'le-gal_2'},
+          {'forest': True}, {'forest': True, 'expert': 'b'}, {'forest': True, 'expert': 'W/b'}]
+  for above in ('', '.', tmp_path, *NAMES, *(tmp_path / n for n in NAMES)):
+    for name in NAMES:
+      for end in ends:
+        made = Reference(Path(above, name), **end)
+        assert parse(str(made)) == made == parse(made), str(made)
+
+
+def test_what_exists_is_preferred_and_a_slash_ends_a_path(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for name in ('W', 'W@7', 'me@host/W', 'run#1', 'a=b'):
+    Path(name, 'checkpoints').mkdir(parents=True)
+  Path('W#legal').mkdir()  # no model
+  assert parse('W@7') == Reference(Path('W@7')) and parse('W/@7') == Reference(Path('W'), 7)
+  assert parse('W@7@3') == Reference(Path('W@7'), 3)
+  assert parse('W#legal') == Reference(Path('W'), None, 'legal')
+  assert parse('me@host/W@20#law') == Reference(Path('me@host/W'), 20, 'law')
+  assert parse('me@host/X') == Reference(Path('me@host/X'))  # not there: still no step
+  assert parse('run#1') == Reference(Path('run#1'))
+  assert named('a=b') == ('', 'a=b') and named('a=./b') == ('a', './b')
+  assert named('c=W@7') == ('c', 'W@7') and named('./c=W') == ('', './c=W')
+  assert named('c=a=b') == ('c', 'a=b') and named('x@1=W') == ('', 'x@1=W')
 
 
 @pytest.mark.parametrize('text', ['hf:DIR'])

@@ -1,6 +1,5 @@
 """evaluate: perplexity and bits per byte per domain, for one or more models, in one table."""
 
-import re
 from pathlib import Path
 
 from demix.errors import BadInput
@@ -22,10 +21,11 @@ def run(argv: list[str]) -> int:
   verb.string('split', 'test', 'split to score')
   verb.string('packing', '', 'continuous or document: how text is cut; by default as each model '
               'was trained')
-  verb.integer('stride', 0, 'tokens scored per window; 0: blocks that do not overlap (the papers)')
+  verb.integer('stride', 0, 'tokens scored per window; 0: blocks that do not overlap (the papers)',
+               low=0)
   verb.integer('limit', 0, 'sequences per domain, a fixed sample that is the same for all models; '
-               '0: all')
-  verb.integer('batch_size', 32, 'sequences per forward pass')
+               '0: all', low=0)
+  verb.integer('batch_size', 32, 'sequences per forward pass', low=1)
   verb.string('force', '', "the expert or <domain> symbol given on domains that were not trained "
               "on; by default the one that is best on the domain's valid text")
   verb.config(MixConfig, 'WAYS', 'mix', 'mix the experts of DEMix LMs: all, or a comma-separated '
@@ -49,8 +49,8 @@ def run(argv: list[str]) -> int:
   from demix import reference
   models = {}
   for text in given.model:
-    named = re.fullmatch(r'([\w.+-]+)=(.+)', text)  # a / before the = is part of a path
-    name, ref = named.groups() if named else (reference.parse(text).workdir.resolve().name, text)
+    name, ref = reference.named(text)
+    name = name or reference.parse(ref).workdir.resolve().name
     if name in models:
       raise BadInput(f'two models are named {name!r}: write --model=OTHER={ref}')
     reference.parse(ref)

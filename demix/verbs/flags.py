@@ -1,6 +1,7 @@
 """The flags of a verb: absl flags and ml-collections config flags, with one-line errors."""
 
 import ast
+import dataclasses
 import importlib.util
 import os
 import re
@@ -32,13 +33,21 @@ class Verb:
     flags.DEFINE_multi_string(name, [], help, flag_values=self.flags)
     self._help.append((f'--{name}={name.upper()} (may be repeated)', help))
 
-  def integer(self, name: str, default: int, help: str):
-    flags.DEFINE_integer(name, default, help, flag_values=self.flags)
+  def integer(self, name: str, default: int, help: str, *, low: int):
+    flags.DEFINE_integer(name, default, help, lower_bound=low, flag_values=self.flags)
     self._help.append((f'--{name}={default}', help))
 
-  def number(self, name: str, default: float, help: str):
-    flags.DEFINE_float(name, default, help, flag_values=self.flags)
-    self._help.append((f'--{name}={default}', help))
+  def numbers(self, cls) -> list[str]:
+    """Adds a flag for each number of the dataclass `cls`, which checks them; their names."""
+    names = []
+    for f in dataclasses.fields(cls):
+      default = settings.default_of(f)
+      if settings.is_number(default):
+        define = flags.DEFINE_integer if isinstance(default, int) else flags.DEFINE_float
+        define(f.name, default, f.metadata['help'], flag_values=self.flags)
+        self._help.append((f'--{f.name}={default}', f.metadata['help']))
+        names.append(f.name)
+    return names
 
   def boolean(self, name: str, help: str):
     flags.DEFINE_bool(name, False, help, flag_values=self.flags)

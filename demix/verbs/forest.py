@@ -1,6 +1,7 @@
 """forest: sets of experts: whole LMs that branched from a seed (--forest=F), or the experts of a
 DEMix LM (--model=W)."""
 
+from demix import reference
 from demix.errors import BadInput
 from demix.settings import nearest
 from demix.verbs.flags import Help, Verb, require
@@ -45,7 +46,8 @@ def run(argv: list[str]) -> int:
 
 
 def _model(given) -> str:
-  return require(given.model, 'model', 'the DEMix LM: W or W@STEP')
+  reference.parse(require(given.model, 'model', 'the DEMix LM: W or W@STEP'))
+  return given.model
 
 
 def _forest(given) -> str:
@@ -66,14 +68,14 @@ def _plan(verb, argv):
 def _run(verb, argv):
   verb.string('only', '', 'comma-separated names: seed, or experts; all by default')
   verb.string('data', '', "token store; the plan's by default")
-  verb.integer('limit', 0, LIMIT)
+  verb.integer('limit', 0, LIMIT, low=0)
   verb.boolean('together', 'experts whose parents are there are trained side by side in this '
                'process (train.lift says how)')
   verb.boolean('require_gain', 'exit 3 and do not register an expert that is no better than its '
                'parent')
   given, _ = verb.parse(argv)
   names = tuple(n.strip() for n in given.only.split(',') if n.strip())
-  folder, limit = _forest(given), _limit(given)
+  folder, limit = _forest(given), given.limit
   from demix.grow import grow
   grow(folder, only=names, data=given.data, together=given.together,
        require_gain=given.require_gain, limit=limit)
@@ -109,12 +111,6 @@ def _list(verb, argv):
   print('\n'.join(listing.experts(model)))
 
 
-def _limit(given) -> int:
-  if given.limit < 0:
-    raise BadInput(f'--limit={given.limit} is below 0: 0 takes all valid text')
-  return given.limit
-
-
 def _show(verb, argv):
   verb.string('expert', '', 'the expert, or seed')
   given, _ = verb.parse(argv)
@@ -131,14 +127,15 @@ def _add(verb, argv):
   verb.string('parent', '', 'with --forest: seed or an expert, or none, where the checkpoint does '
               'not say where it comes from')
   verb.string('data', '', 'token store for the gate; the one the run trained on by default')
-  verb.integer('limit', 0, LIMIT)
+  verb.integer('limit', 0, LIMIT, low=0)
   verb.boolean('require_gain', 'exit 3 and write nothing if it is no better than its parent')
   given, _ = verb.parse(argv)
   if not given.forest:
     _model(given)
   expert = require(given.expert, 'expert', 'the name of the new expert')
   source = require(given['from'].value, 'from', 'the run that trained it')
-  gate = {'require_gain': given.require_gain, 'data': given.data, 'limit': _limit(given)}
+  reference.parse(source)
+  gate = {'require_gain': given.require_gain, 'data': given.data, 'limit': given.limit}
   if given.forest:
     from demix.lifecycle import register
     register.add(given.forest, expert, source, parent=given.parent, **gate)

@@ -12,20 +12,14 @@ SUMMARY = 'text from a model, one expert or a mixture of experts'
 
 def run(argv: list[str]) -> int:
   """Parses flags, streams the text to the terminal, ends with the weight of each expert."""
-  from demix import settings
+  from demix import reference, settings
   from demix.mix.mixture import MixConfig
-  from demix.sampling import SamplingConfig
+  from demix.sampling_config import SamplingConfig
   verb = Verb('generate', SUMMARY)
   verb.string('model', '', 'model reference: W, W@STEP, or W#EXPERT for one expert')
   verb.string('prompt', '', 'text to go on from')
   verb.string('prompt_file', '', 'a file with that text')
-  defaults = settings.to_dict(SamplingConfig())
-  for name, text in (('max_tokens', 'tokens to write at most'), ('top_k', 'draw from the k most '
-                     'likely tokens only; 0: all'), ('seed', 'of the draws')):
-    verb.integer(name, defaults[name], text)
-  verb.number('temperature', defaults['temperature'], 'of the draws; 0: greedy')
-  verb.number('top_p', defaults['top_p'], 'draw from the fewest most likely tokens that have this '
-              'probability')
+  numbers = verb.numbers(SamplingConfig)
   verb.strings('stop', 'a string that ends the text')
   verb.config(MixConfig, 'PRIOR', 'mix', 'how experts are mixed: none, uniform, cached (with '
               '--prior), or a config file, configs/mix.py:ARG; uniform by default')
@@ -33,18 +27,19 @@ def run(argv: list[str]) -> int:
   verb.string('given', '', '+DomainToken LMs: whose <domain> symbol starts the text')
   verb.string('data', '', "token store to take the tokenizer from; the run's own by default")
   given, mix = verb.parse(argv)
-  reference = require(given.model, 'model', 'a model reference, for example W or W#legal')
+  model = require(given.model, 'model', 'a model reference, for example W or W#legal')
+  reference.parse(model)
   if given.mix_words not in ('', 'file'):
     mix = settings.from_dict(MixConfig, settings.to_dict(mix) | {'prior': given.mix_words}, 'mix')
   if bool(given.prompt) == bool(given.prompt_file):
     raise BadInput('give either --prompt=TEXT or --prompt_file=FILE')
   prompt = given.prompt or read(given.prompt_file)
-  sampling = {name: getattr(given, name) for name in defaults if name != 'stop'}
-  settings.from_dict(SamplingConfig, sampling, 'generate').check()
+  sampling = {name: getattr(given, name) for name in numbers}
+  SamplingConfig(**sampling, stop=tuple(given.stop)).check()
   mix.check()
 
   from demix import language_model
-  lm = language_model.load(reference, mix, prior=given.prior or None, data=given.data,
+  lm = language_model.load(model, mix, prior=given.prior or None, data=given.data,
                            given=given.given)
   start = time.monotonic()
   def show(text):

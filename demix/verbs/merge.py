@@ -2,6 +2,7 @@
 
 import re
 
+from demix import reference
 from demix.errors import BadInput
 from demix.verbs.flags import Verb, require
 
@@ -26,8 +27,10 @@ def run(argv: list[str]) -> int:
   workdir = require(given.workdir, 'workdir', 'where the result goes')
   models = {}
   for text in given.model:
-    named = re.fullmatch(r'([\w.+-]+)=(.+)', text)
-    name, ref = named.groups() if named else (text.rstrip('/').rpartition('/')[2], text)
+    name, ref = reference.named(text)
+    parsed = reference.parse(ref)
+    name = name or parsed.workdir.resolve().name + (
+        '' if parsed.step is None else f'@{parsed.step}')
     if name in models:
       raise BadInput(f'two models are named {name!r}: write --model=OTHER={ref}')
     models[name] = ref

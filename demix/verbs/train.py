@@ -6,6 +6,7 @@ from pathlib import Path
 
 from absl import flags
 
+from demix import reference
 from demix.errors import BadInput
 from demix.verbs.flags import Verb, require
 
@@ -40,7 +41,8 @@ def _train(argv, held) -> int:
   given, config = verb.parse(argv)
   require(given.workdir, 'workdir', 'where the run keeps its config, metrics and checkpoints')
   require(config.data.path, 'config.data.path', 'the token store that `prepare` wrote')
-  config.mesh.check()
+  if config.init.model:
+    reference.parse(config.init.model)
   from demix import train
   if held:
     if config.mesh.processes != 1:

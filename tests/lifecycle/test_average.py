@@ -21,7 +21,7 @@ DOMAINS = ('verse', 'code')
 @pytest.fixture(scope='module')
 def branches(models, stores, tmp_path_factory):
   """{name: workdir}: two branches of the dense LM."""
-  folder = tmp_path_factory.mktemp('branches')
+  folder = tmp_path_factory.mktemp('branches') / 'a@b:c=d#e'  # signs of references
   for name in DOMAINS:
     ended = runs.train(stores.bytes, folder / name, init__model=models['dense'],
                        init__optimizer='continue', data__domains=name, data__batch_size=2,
