@@ -21,7 +21,7 @@ import numpy as np
 
 SIZE = 1 << 16  # characters after which a piece ends at the next cut
 LONGEST = 64     # characters of a piece whose ids are remembered
-_HELD = 64 << 20  # bytes that what is remembered may take, about
+_HELD = 24 << 20  # bytes that what is remembered may take, about
 _ENTRY = 160      # of them for each piece, beside its text and ids
 RUN = 1 << 18   # characters without a cut from which encode_run is worth its second look
 
