@@ -28,7 +28,7 @@ TINY = {'model.layers': 2, 'model.d_model': 16, 'model.heads': 2, 'data.sequence
         'optimizer.schedule_steps': 8}  # the same program however many steps it trains
 
 
-PROGRESS = re.compile(r'(train|average|evaluate \S+): \S+ (steps|windows|leaves), ')
+PROGRESS = re.compile(r'(train|average|evaluate \S+( mixed)?): \S+ (steps|sequences|leaves), ')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -159,8 +159,11 @@ class Evaluation:
 
   # ---- development text ------------------------------------------------------------------------
 
-  def estimate(self, domain: str, split: str = 'valid') -> Estimate:
+  def estimate(self, domain: str, split: str = 'valid', progress=lambda count: None) -> Estimate:
     """Priors and the nearest expert by the domain's development text.
+
+    Args:
+      progress: called with the number of sequences that were read since the last call.
 
     Raises:
       BadInput: fewer full blocks there than one update of the prior reads; nothing is scored.
@@ -184,6 +187,7 @@ class Evaluation:
       weights = batch['weights_BL'][:used]
       nats.append((np.asarray(nll_RBL, np.float64)[:, :used] * weights).sum(2))
       tokens.append(weights.sum(1))
+      progress(used)
     need = max((c.blocks_per_update for c in configs.values()), default=0)
     if whole < need:
       raise BadInput(f'{self.store.path}/{domain}/{split}: {whole} full blocks of '
@@ -202,48 +206,64 @@ class Evaluation:
           domain=domain, split=split, text=text, nll=found.nll, packing=self.protocol.packing)
     return Estimate(out, found)
 
-  def _known(self, domain: str, given: str | None) -> Estimate:
+  def _own(self, domain: str) -> prior.Prior | None:
+    """A stored prior that knows the experts' losses on this domain's valid text."""
+    entry = self.store.card['domains'][domain]['splits'].get('valid', {})
+    return next((p for p in self.stored if p.domain == domain
+                 and p.text == entry.get('tokens_digest')), None)
+
+  def _asks(self, domain: str, given: str | None) -> tuple[set, bool, bool]:
+    """Posteriors of the priors that are wanted, whether an expert is chosen by development text,
+    and whether that text must be read."""
+    wanted = {m.config.posterior for m in self.modes if m.config.prior == 'cached'}
+    names = [self.names[i] for i in self.taking_part]
+    chosen = any(m.name == 'best' or (m.name == 'given' and given not in names) for m in self.modes)
+    # Which expert is nearest is said by the domain's own text, never by that of another's prior.
+    return wanted, chosen, bool((wanted and not self.stored) or (chosen and not self._own(domain)))
+
+  def count(self, part: Part, given: str | None) -> int:
+    """How many sequences `run` reads, development text included."""
+    read = self.protocol.count(self.store, part.domain, part.split)
+    if self._asks(part.domain, given)[2] and 'valid' in self.store.splits(part.domain):
+      read += len(self.protocol.development(self.store, part.domain, self.blocks)[1])
+    return read
+
+  def _known(self, domain: str, given: str | None, progress) -> Estimate:
     """`estimate`, as far as stored priors do not say it."""
     names = [self.names[i] for i in self.taking_part]
     digests = [self.digests[i] for i in self.taking_part]
-    wanted = {m.config.posterior for m in self.modes if m.config.prior == 'cached'}
+    wanted, chosen, must_read = self._asks(domain, given)
     stored = {p.posterior: p for p in self.stored if p.domain == (self.shared or domain)}
     if self.stored and (missing := wanted - stored.keys()):
       raise BadInput(f'--prior has no prior of {self.shared or domain} by {", ".join(missing)} for '
                      f'{", ".join(names)}: name a domain that it has as FILE:DOMAIN, or leave '
                      '--prior out, and it is estimated')
-    chosen = any(m.name == 'best' or (m.name == 'given' and given not in names) for m in self.modes)
-    # Which expert is nearest is said by the domain's own text, never by that of another's prior.
-    entry = self.store.card['domains'][domain]['splits'].get('valid', {})
-    own = next((p for p in self.stored if p.domain == domain
-                and p.text == entry.get('tokens_digest')), None)
-    found = None
-    if (wanted and not self.stored) or (chosen and not own):
-      found = self.estimate(domain)
-    if found and (not self.stored or not wanted):
+    found = self.estimate(domain, progress=progress) if must_read else None
+    if found and not self.stored:
       return found if chosen else dataclasses.replace(found, nearest=None)
     priors = {k: dataclasses.replace(
         p, experts=tuple(names), digests=tuple(digests),
         log_weights=tuple(map(float, p.log_prior(names, digests)))) for k, p in stored.items()}
     if found or not chosen:
       return Estimate(priors, found and found.nearest)
+    own = self._own(domain)
     nll = [own.nll[own.experts.index(n)] for n in names]
     ahead = np.sort(nll)[1] - min(nll) if len(nll) > 1 else np.inf
     return Estimate(priors, Nearest(tuple(names), tuple(nll), float(ahead), None, own.blocks))
 
   # ---- the text that is scored -----------------------------------------------------------------
 
-  def run(self, part: Part, given: str | None, progress=None) -> Mixed:
+  def run(self, part: Part, given: str | None, progress=lambda count: None) -> Mixed:
     """Scores one domain under every mode.
 
     Args:
       part: domain and split; its route is the domain's number in `dump`.
       given: the domain's own expert; None on a novel domain, which is given the nearest by its
         development text.
-      progress: called with the number of sequences that were scored since the last call.
+      progress: called with the number of sequences that were read since the last call.
     """
     domain, names = part.domain, [self.names[i] for i in self.taking_part]
-    known = self._known(domain, given)
+    known = self._known(domain, given, progress)
     routes, places, log_priors, singles = self._plan(names, known, given)
     members, params, rows = self._read(routes)
     states = [(jnp.asarray(lp), jnp.int32(0)) for lp in log_priors]
@@ -276,8 +296,7 @@ class Evaluation:
       if pending:
         collect(*pending)
       pending = batch, used, loglik, out
-      if progress:
-        progress(used)
+      progress(used)
     collect(*pending)
     total = scores[0].tokens
     weights = [{self.names[routes[r]]: float(w) / total for r, w in zip(place, m)} if total else {}

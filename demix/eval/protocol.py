@@ -222,8 +222,8 @@ def mixed_rows(name, loaded, store, domains, protocol: Protocol, request: Reques
       clusterer=loaded.clusterer(near.clusterer) if near else None)
   parts = [perplexity.Part(d, request.split, i) for i, d in enumerate(domains)]
   rows, priors, weights, done = [], [], {}, 0
-  with Progress(perplexity.count(store, parts, protocol), 'sequences',
-                f'evaluate {name}, mixed') as progress:
+  total = sum(evaluation.count(part, loaded.given(part.domain)) for part in parts)
+  with Progress(total, 'sequences', f'evaluate {name}, mixed') as progress:
     def count(sequences):
       nonlocal done
       done += sequences
