@@ -58,7 +58,7 @@ def find(folder: Path, domains: tuple = ()) -> list[Path]:
   if not folder.is_dir():
     what = 'a file, not a folder' if folder.exists() else 'no such folder'
     raise BadInput(f'--input={folder}: {what}; expected {LAYOUT}')
-  found = {p.name: p for p in sorted(folder.iterdir())
+  found = {p.name: p for p in _entries(folder)
            if p.is_dir() and p.name[0] != '.' and p.name != '__pycache__'}
   if not found:
     raise BadInput(f'--input={folder}: no domain folders in it; expected {LAYOUT}')
@@ -110,6 +110,13 @@ def source(folder: Path, on_bytes: Callable[[int], None] = lambda n: None) -> So
                 stamps, unused)
 
 
+def _entries(folder):
+  try:
+    return sorted(folder.iterdir())
+  except OSError as e:
+    raise BadInput(f'{folder}: cannot be read ({e.strerror})') from None
+
+
 def size(folder: Path) -> int:
   """Bytes that `source` will report."""
   _, matches, texts = _listed(folder)
@@ -118,7 +125,7 @@ def size(folder: Path) -> int:
 
 def _listed(folder):
   """(files of a domain's folder, {those of JSON Lines: match}, those of plain text)."""
-  files = sorted(p for p in folder.iterdir() if p.is_file() and p.name[0] != '.')
+  files = [p for p in _entries(folder) if p.is_file() and p.name[0] != '.']
   matches = {p: m for p in files if (m := _JSONL.fullmatch(p.name))}
   return files, matches, [p for p in files if p.suffix == '.txt']
 
