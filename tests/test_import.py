@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 # brings its parts, and `config` stands above the loop, which takes a whole Config.
 LEVELS = (
     'errors settings digests workdir progress',
-    'model_config optimizer_config mesh_config sampling_config',
+    'names model_config optimizer_config mesh_config sampling_config',
     'layers tree loss metrics clock data merge processes',
     'transformer sharding optimizer',
     'params',

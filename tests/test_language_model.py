@@ -252,3 +252,21 @@ def test_a_lone_surrogate_is_no_text(lm):
     (['--model=/no/such', '--prompt=x'], 'no such workdir')])
 def test_generate_says_what_is_wrong(flags, said):
   assert said in runs.demix('generate', *flags).error(2)
+
+
+@pytest.mark.parametrize('mix', ['uniform', 'updating'])
+def test_a_short_text_costs_what_it_is_long(models, monkeypatch, mix):
+  """Five tokens are one row of 16, not 16 rows of the whole context; beside others, the same."""
+  lm, shapes = demix.load(str(models['demix']), mix), []
+  whole = lm.mixture.score
+  monkeypatch.setattr(lm.mixture, 'score', lambda batch, **more: shapes.append(
+      batch['tokens_BL'].shape) or whole(batch, **more))
+  short = lm.score('salt.')
+  assert shapes == [(1 if mix == 'uniform' else 2, 16)]  # an updating prior moves by two blocks
+  long = ' '.join([TEXT] * 4)
+  beside = lm.score([long, 'salt.'])[1]
+  np.testing.assert_allclose(beside.logp, short.logp, atol=2e-6)
+  np.testing.assert_allclose(beside.weights, short.weights, atol=1e-6)
+  shapes.clear()
+  lm.continuations('stir the ', ['salt', 'a longer way to go on'])
+  assert shapes == [(2, 32)]
