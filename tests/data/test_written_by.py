@@ -1,4 +1,4 @@
-"""Stores, checkpoints, priors and forests that earlier code wrote are read, with the same numbers."""
+"""Stores, checkpoints, priors and forests that earlier code wrote: read, with the same numbers."""
 
 import json
 import tarfile
