@@ -67,6 +67,9 @@ class DataConfig:
     if self.schedule_kind != 'piecewise' and not self.schedule:
       raise BadInput(f'data.schedule_kind={self.schedule_kind} without data.schedule: give steps '
                      'and shares, or leave it out')
+    if self.domain_token and self.packing == 'document':
+      raise BadInput('data.domain_token with data.packing=document: only the first document of a '
+                     'sequence would have the symbol; give data.packing=continuous')
     if self.sampling == 'weights':
       for name in self.domains:
         if name not in self.weights:
