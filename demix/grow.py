@@ -95,6 +95,9 @@ def grow(folder, *, only=(), data: str = '', together: bool = False, require_gai
   for name in only:
     if name not in known:
       raise BadInput(f'{folder}: the plan has no {name!r}{settings.nearest(name, known)}')
+  for name in only or known:
+    if state_of(folder, forest, name)[0] in ('missing', 'training'):
+      plan.check_schedule(forest['plan'], name, str(folder / manifest.FILE))
   for name in known:
     if only and name not in only:
       continue
