@@ -57,9 +57,10 @@ class InitConfig:
   """What a run starts from (demix/start.py). `model` and `limit` may change on resume; what they
   led to (step and content digest of that model, the expert's name) is identity."""
   model: str = option('', "model that the run starts from: W, W@STEP or W#EXPERT; '': fresh "
-                          'parameters. It brings its own model.*', operational=True)
+                          'parameters. It brings its own model.*; a dense one with '
+                          'model.ffn=demix is copied into each expert', operational=True)
   expert: str = option('', 'expert of that DEMix LM to take out as a dense LM: its name, or '
-                           "nearest: the highest posterior on the domain's valid text",
+                           "nearest: the lowest NLL on the domain's valid text",
                        needs=('model',))
   trainable: str = option('all', 'what is trained: all, or ffn (all else is frozen)',
                           choices=tuple(TRAINABLE), needs=('model',))
@@ -103,7 +104,7 @@ def config_dict(config: Config) -> ConfigDict:
 
 
 def complete(config: Config, store: TokenStore, saved: dict | None = None,
-             parent: ModelConfig | None = None) -> Config:
+             parent: ModelConfig | None = None, named=()) -> Config:
   """Fills in what comes from the data and checks everything, before anything is compiled.
 
   Args:
@@ -111,15 +112,14 @@ def complete(config: Config, store: TokenStore, saved: dict | None = None,
     saved: identity fields of the workdir, when it is a run already: a schedule that was laid out
       for the steps of the first start keeps that length when more steps are asked for.
     parent: the model that the run starts from, in place of config.model (demix/start.py).
+    named: dotted names that were given on the command line, be it with their default.
 
   Raises:
     BadInput: a value that cannot be, a domain that the store lacks, a batch that does not divide.
   """
   data, model, optimizer = config.data, config.model, config.optimizer
   config.check()
-  experts = parent.experts if parent else ()
-  domains = store.leaves(data.domains) or experts or tuple(
-      d for d in store.domains if store.roles[d] == 'train')
+  domains = domains_of(data, store, parent.experts if parent else ())
   if not domains:
     raise BadInput(f'{store.path} has no domain to train on, only novel ones '
                    f'({", ".join(store.domains)}): name some in data.domains')
@@ -134,13 +134,19 @@ def complete(config: Config, store: TokenStore, saved: dict | None = None,
     per = ' per domain' if data.sampling == 'balanced' else ''
     raise BadInput(f'train.accumulation={config.train.accumulation} does not divide {rows} '
                    f'sequences{per} of an update: change it or data.batch_size')
-  model = _model_on(parent, data) if parent else _fresh_model(model, data, store)
+  model = _model_on(parent, model, data, named) if parent else _fresh_model(model, data, store)
   model.check()
   if not optimizer.schedule_steps:
     steps = (saved or {}).get('optimizer.schedule_steps', config.train.steps)
     optimizer = dataclasses.replace(optimizer, schedule_steps=steps)
   data = dataclasses.replace(data, path=os.path.abspath(store.path))
   return dataclasses.replace(config, data=data, model=model, optimizer=optimizer)
+
+
+def domains_of(data: DataConfig, store: TokenStore, experts=()) -> tuple:
+  """The domains that are trained on: named, or of the model, or all of role train."""
+  return store.leaves(data.domains) or experts or tuple(
+      d for d in store.domains if store.roles[d] == 'train')
 
 
 def _fresh_model(model, data, store) -> ModelConfig:
@@ -155,8 +161,20 @@ def _fresh_model(model, data, store) -> ModelConfig:
       experts=data.domains if model.ffn == 'demix' else ())
 
 
-def _model_on(parent, data) -> ModelConfig:
-  """The model a run starts from, where it can be trained on this data."""
+def _model_on(parent, asked, data, named) -> ModelConfig:
+  """The model a run starts from, where it is the one asked for and can be trained on this data."""
+  sizes = {'kv_heads': lambda m: m.kv_heads or m.heads, 'head_size': lambda m: m.head_width,
+           'd_ff': lambda m: m.ff_width}
+  different = []
+  for field in dataclasses.fields(ModelConfig):
+    mine, has, default = (getattr(m, field.name) for m in (asked, parent, ModelConfig()))
+    size = sizes.get(field.name, lambda m, name=field.name: getattr(m, name))
+    given = mine != default or f'model.{field.name}' in named
+    if given and size(asked) != size(parent):
+      different.append(f'model.{field.name}={mine!r} (it has {has!r})')
+  if different:
+    raise BadInput(f'init.model brings its own model, which is another than asked for: '
+                   f'{", ".join(different)}; leave these out, or train from fresh parameters')
   if data.sequence_length > parent.max_length:
     raise BadInput(f'data.sequence_length={data.sequence_length}, but the model of init.model was '
                    f'trained with {parent.max_length}: give at most that')

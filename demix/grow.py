@@ -72,13 +72,13 @@ def _require(forest: dict, name: str, parent: str) -> dict:
 
 
 def grow(folder, *, only=(), data: str = '', together: bool = False, require_gain: bool = False,
-         limit: int = 0, say=print) -> list[str]:
+         limit: int = 0, verify_data: bool = True, say=print) -> list[str]:
   """Trains and registers what the plan says and is not done yet; the same again goes on.
 
   Args:
     folder: the forest. only: names; () for all. data: token store; that of the plan by default.
     together: experts whose parents are there are trained in one process, side by side.
-    require_gain, limit: see lifecycle.register.add.
+    require_gain, limit: see lifecycle.register.add. verify_data: see train.Loop.
 
   Returns:
     Names that were trained or registered.
@@ -96,6 +96,9 @@ def grow(folder, *, only=(), data: str = '', together: bool = False, require_gai
   for name in only:
     if name not in known:
       raise BadInput(f'{folder}: the plan has no {name!r}{settings.nearest(name, known)}')
+  for name in only or known:
+    if state_of(folder, forest, name)[0] in ('missing', 'training'):
+      plan.check_schedule(forest['plan'], name, str(folder / manifest.FILE))
   for name in known:
     if only and name not in only:
       continue
@@ -113,7 +116,7 @@ def grow(folder, *, only=(), data: str = '', together: bool = False, require_gai
     for other in group:
       if other != SEED:
         prepare(folder, forest, other, store, say)
-    stop = _train(folder, forest, group, store, say) if state != 'finished' else None
+    stop = _train(folder, forest, group, store, verify_data, say) if state != 'finished' else None
     register(folder, name, data=store, require_gain=require_gain, limit=limit, say=say)
     done.append(name)
     if stop and (rest := [n for n in only or known if not _entry(manifest.load(folder), n)]):
@@ -143,7 +146,8 @@ def ready(folder: Path, forest: dict, name: str) -> bool:
           and state_of(folder, forest, name)[0] in ('missing', 'training'))
 
 
-def _train(folder: Path, forest: dict, group: list[str], data: str, say) -> str | None:
+def _train(folder: Path, forest: dict, group: list[str], data: str, verify_data: bool,
+           say) -> str | None:
   """Trains one of the plan, or several side by side, all of whose workdirs are held. Returns as
   train.run."""
   with contextlib.ExitStack() as stack:
@@ -154,5 +158,5 @@ def _train(folder: Path, forest: dict, group: list[str], data: str, say) -> str 
       held = stack.enter_context(hold(folder / plan.folder_of(name), 'forest'))
       members[name] = config_of(folder, forest, name, data), held
     if len(group) == 1:
-      return train.run(*members[group[0]])
-    return train.together(members, say)
+      return train.run(*members[group[0]], verify_data)
+    return train.together(members, say, verify_data)

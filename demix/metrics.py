@@ -2,8 +2,8 @@
 
 A line is `{"step": 20, "train/loss": 3.25, …}`. Floats are written so that reading gives back the
 same bits. JSON has no NaN and no infinities: they are the strings "nan", "inf" and "-inf", which
-`read` turns back into floats. Names are `train/loss`, `eval/<domain>/nll`,
-`throughput/tokens_per_second` …
+`read` turns back into floats. null stands where nothing was measured. Names are
+`train/loss`, `eval/<domain>/nll`, `throughput/tokens_per_second` …
 """
 
 import contextlib
@@ -60,7 +60,8 @@ class _Board:
     self._writer.flush()
 
   def write(self, row):
-    values = [self._summary.Value(tag=k, simple_value=v) for k, v in row.items() if k != 'step']
+    values = [self._summary.Value(tag=k, simple_value=v) for k, v in row.items()
+              if k != 'step' and v is not None]
     self._writer.write_event(self._event(step=row['step'], wall_time=time.time(),
                                          summary=self._summary(value=values)))
     if time.monotonic() - self._flushed > 10:
@@ -117,7 +118,8 @@ class Metrics:
 
     Args:
       step: of the optimizer.
-      scalars: {name: number}; Python numbers or scalar arrays (those wait for the device).
+      scalars: {name: number}; Python numbers or scalar arrays (those wait for the device), None
+        where there is none: null, and no point of a curve.
     Raises:
       BadInput: a name is "step", or a value is no number.
       DemixError: the line could not be written; no part of it stays in the file.
@@ -127,7 +129,7 @@ class Metrics:
       if name == 'step':
         raise BadInput('metrics: "step" is the name of the step itself; name the scalar otherwise')
       try:
-        row[name] = value if type(value) is int else float(value)
+        row[name] = value if value is None or type(value) is int else float(value)
       except (TypeError, ValueError):
         raise BadInput(f'metrics: {name} is no number but {value!r}') from None
     plain = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v

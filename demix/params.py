@@ -134,6 +134,30 @@ class Bound:
     return self._transformer.branch(x, route, positions, bias, execution=self._execution, **more)
 
 
+def upcycled(model: Model, params: dict, config: ModelConfig) -> dict:
+  """A dense LM as a DEMix LM: copies of its FFN as experts, all else as it is.
+
+  Sparse upcycling (Komatsuzaki et al. 2022, 2212.05055) without a router: whichever expert a
+  domain takes, the outputs are the dense LM's.
+
+  Args:
+    model, params: the dense LM, a running tree. config: of the DEMix LM: the same but for `ffn`,
+      `experts` and `expert_every`; FFNs that all domains share stay one.
+
+  Returns:
+    The running tree of the DEMix LM.
+  """
+  flat = {}
+  for name, leaf in model.canonical(params).items():
+    layer, inside, last = name.rpartition('/ffn/')
+    if not inside or int(layer.split('/')[1]) % config.period != config.period - 1:
+      flat[name] = leaf
+      continue
+    for expert in config.experts:
+      flat[f'{layer}/ffn/experts/{expert}/{last}'] = leaf
+  return Model(config).running(flat)
+
+
 def expert_slice(model: Model, params: dict, expert: str) -> tuple[Model, dict]:
   """One expert of a DEMix LM as a dense LM: its FFNs in place of all, the trunk as it is.
 

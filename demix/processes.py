@@ -168,11 +168,14 @@ def same(digest: str, what: str):
     raise error
 
 
+FAILED = 1000  # a Request of no signal: something is wrong in one process, which can say what
+
+
 class Request:
   """A request to stop that reaches one process and is followed by all at the same step."""
 
   def __init__(self):
-    self.number = 0  # of a signal; set where it comes
+    self.number = 0  # of a signal, or FAILED; set where it comes
     self._sent = self._largest = None
 
   def seen(self) -> int:

@@ -85,8 +85,9 @@ class Run:
       that it goes on from included. read: whose numbers were read. loss: of the last of these.
   """
 
-  def __init__(self, config: Config, workdir: Path, name: str = ''):
-    """name: of the run among others that train beside it; '' where it trains by itself."""
+  def __init__(self, config: Config, workdir: Path, name: str = '', named=()):
+    """name: of the run among others that train beside it; '' where it trains by itself. named: see
+    config.complete."""
     self.workdir, self.name = workdir, name
     self.directory = workdir / 'checkpoints'
     self.store = TokenStore.open(config.data.path, config.data.domains)
@@ -96,7 +97,7 @@ class Run:
     self.init = find(config, self.store, known, workdir)
     going_on = self.init and config.init.optimizer == 'continue'
     config, self.earlier = horizon.settle(
-        config, complete(config, self.store, saved, self.init and self.init.model),
+        config, complete(config, self.store, saved, self.init and self.init.model, named),
         horizon.standing(self.directory, known, self.init.record if going_on else None), workdir)
     self.lineage = {'schedules': self.earlier} if self.earlier else {}
     if self.init:
@@ -265,10 +266,12 @@ class Run:
     self.ledger['tokens'] += int(out['tokens_D'].sum())
     self.ledger['flops'] += self.flops
     self.clock.step()
-    self.read, self.loss = step, float(out['loss'])
+    scored = out['tokens_D'].any()
+    self.read, self.loss = step, float(out['loss']) if scored else None
     if step % config.train.log_every and step != self.steps:
       return {}
-    row = {'train/loss': self.loss, 'train/grad_norm': float(out['grad_norm']),
+    row = {'train/loss': self.loss,
+           'train/grad_norm': float(out['grad_norm']) if scored else None,
            'train/learning_rate': float(out['learning_rate'])}
     for name, value, tokens in zip(self.domains, nll_D, out['tokens_D']):
       if tokens:
@@ -295,8 +298,11 @@ class Run:
         protocol=Protocol.of(config.data, limit=config.train.eval_sequences),
         batch_size=-(-min(config.data.batch_size, 64) // ways) * ways, balanced=balanced,
         place=lambda batch: batch if self.name else sharding.put(batch, rows))
-    row = {f'eval/{part.domain}/nll': score.mean_nll for part, score in zip(parts, scores)}
-    row['eval/mean/nll'] = sum(row.values()) / len(row)
-    text = ', '.join(f'{p.domain} {s.perplexity:.2f}' for p, s in zip(parts, scores))
+    row = {f'eval/{part.domain}/nll': score.mean_nll
+           for part, score in zip(parts, scores) if score.tokens}
+    if row:
+      row['eval/mean/nll'] = sum(row.values()) / len(row)
+    text = ', '.join(f'{p.domain} {s.perplexity:.2f}' if s.tokens else f'{p.domain} -'
+                     for p, s in zip(parts, scores))
     self.say(f'step {self.step}: valid perplexity {text}')
     return row

@@ -13,13 +13,13 @@ import os
 import sys
 
 from demix import checkpoint, horizon, reference, settings
-from demix.config import NEAREST, Config, InitConfig
+from demix.config import NEAREST, Config, InitConfig, domains_of
 from demix.data.store import TokenStore
 from demix.errors import BadInput, DemixError
 from demix.eval.given import find_nearest
 from demix.eval.sequences import Protocol
 from demix.forest import lineage
-from demix.params import expert_slice
+from demix.params import expert_slice, upcycled
 from demix.settings import nearest
 from demix.state import saved_part
 from demix.transformer import ModelConfig
@@ -36,7 +36,7 @@ class Start:
       nearest (eval/nearest.py, where the expert was chosen by it), schedule_steps (of its
       optimizer), ancestors (content digests that the model goes back to); of an optimizer that
       goes on also updates, and where its schedule was laid out anew restart and schedules
-      (horizon.pieces).
+      (horizon.pieces); of a dense LM whose FFN is copied, upcycled: the experts.
   """
   model: ModelConfig
   record: dict
@@ -75,6 +75,8 @@ class Start:
     whole, self._loaded = self._load(), None
     if self.record['expert']:
       return expert_slice(whole.model, whole.params, self.record['expert'])[1]
+    if self.record.get('upcycled'):
+      return upcycled(whole.model, whole.params, self.model)
     return whole.params
 
   def moments(self, like: dict) -> dict:
@@ -163,11 +165,19 @@ def find(config: Config, store: TokenStore, saved: dict | None, workdir) -> Star
   model = parent.model
   if asked:
     model = dataclasses.replace(model, ffn='dense', experts=(), expert_every=1)
-  going_on = {}
+  more = {}
+  if not asked and model.ffn == 'dense' and config.model.ffn == 'demix':
+    domains = domains_of(config.data, store)
+    model = dataclasses.replace(model, ffn='demix', experts=domains,
+                                expert_every=config.model.expert_every)
+    more['upcycled'] = list(domains)
   if init.optimizer == 'continue':
-    going_on = {'updates': horizon.updates_of(directory, step, meta)} | horizon.pieces(meta)
+    if more:
+      raise BadInput(f'init.optimizer=continue, but the FFN of init.model={init.model} becomes '
+                     f'{len(domains)} experts without moments: give init.optimizer=fresh')
+    more = {'updates': horizon.updates_of(directory, step, meta)} | horizon.pieces(meta)
   return Start(model, {
-      **going_on, 'model': init.model, 'workdir': os.path.abspath(ref.workdir), 'step': step,
+      **more, 'model': init.model, 'workdir': os.path.abspath(ref.workdir), 'step': step,
       'content_digest': meta['content_digest'], 'expert': asked, 'asked': asked,
       'schedule_steps': parent.optimizer.schedule_steps,
       'ancestors': sorted(lineage.ancestors(meta))})

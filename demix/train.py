@@ -2,11 +2,13 @@
 only; several runs go through it side by side as one does alone."""
 
 import contextlib
+import math
 import signal
 from pathlib import Path
 
 from demix import processes, tree
 from demix.config import Config, digest
+from demix.data.verification import Verification
 from demix.errors import BadInput, Preempted
 from demix.progress import Progress, duration, quantity
 from demix.run import Run, differences, header
@@ -19,14 +21,17 @@ class Loop:
   Args:
     runs: one, or several with equal programs.
     lift: how the step of several is made (demix/together.py).
+    verify_data: compare the data with the digests in the store's card; no checkpoint is written
+      before that is done.
 
   Attributes:
     stop_signal: name of the signal that came, None for none.
   """
 
-  def __init__(self, runs: list[Run], lift: str = 'threads'):
+  def __init__(self, runs: list[Run], lift: str = 'threads', verify_data: bool = True):
     self.runs, self.lift, self.stop_signal = runs, lift, None
     self.request = processes.Request()
+    self._verify, self._verification = verify_data, None
 
   def __call__(self):
     """Trains to train.steps. See `run` for what it raises."""
@@ -44,6 +49,9 @@ class Loop:
         states.append(state)
     if not going:
       return
+    if self._verify and processes.first():
+      self._verification = Verification(
+          [(run.store, run.domains, ('train', 'valid')) for run in going])
     for run in going:
       processes.decided(run.save_config)  # not before: what cannot be gone on with stays as it is
     print(header(going), flush=True)
@@ -63,7 +71,12 @@ class Loop:
         for run, out in zip(going, lifted.step([next(run.rows) for run in going])):
           run.take(out)
         # Read once: one that comes from here on waits for the next step.
-        stop = (number := self.request.seen()) and signal.Signals(number).name
+        if self._verification and self._verification.failed:
+          self.request.number = processes.FAILED
+        number = self.request.seen()
+        if number == processes.FAILED:
+          self._verified()
+        stop = number and signal.Signals(number).name
         if stop == 'SIGINT':
           raise KeyboardInterrupt
         self._settle(going, lifted, stop)
@@ -93,10 +106,17 @@ class Loop:
       run.settle(tree.join(state['params'], frozen) if evaluate else None)
       evaluated |= evaluate
       if save or stop:
+        self._verified()
         run.save(state, frozen, 1 / len(going))
     if evaluated:
       for run in going:
         run.clock.restart()
+
+  def _verified(self):
+    """Waits for the digests of the data, once; in all processes. BadInput: they are others."""
+    if self._verify:
+      processes.agreed(lambda: self._verification and self._verification.wait(self.runs[0].say))
+      self._verify = False
 
   @contextlib.contextmanager
   def _signals(self):
@@ -117,8 +137,10 @@ class Loop:
 def note(going: list[Run]) -> str:
   """How runs are doing, in a few words."""
   if len(going) == 1:
-    return f'loss {going[0].loss:.3f}, {going[0].clock.text()}'
-  losses, rates = [run.loss for run in going], [run.clock.rates() for run in going]
+    loss = '-' if going[0].loss is None else f'{going[0].loss:.3f}'
+    return f'loss {loss}, {going[0].clock.text()}'
+  losses = [run.loss for run in going if run.loss is not None] or [math.nan]
+  rates = [run.clock.rates() for run in going]
   rate = sum(r.get('throughput/tokens_per_second', 0) for r in rates)
   return (f'{len(going)} runs, loss {min(losses):.3f} to {max(losses):.3f}, '
           f'{quantity(rate)} tokens/s together')
@@ -129,33 +151,38 @@ def saved(going: list[Run]) -> str:
   return ', '.join(f'step {run.step} of {run.steps} in {run.workdir}' for run in going)
 
 
-def run(config: Config, workdir: Path) -> str | None:
+def run(config: Config, workdir: Path, verify_data: bool = True, named=()) -> str | None:
   """Trains `config` in `workdir`, whose lock the caller holds; the same again resumes.
+
+  Args:
+    verify_data: see `Loop`. named: see config.complete.
 
   Returns:
     Name of a signal that came too late to stop this run: the caller should begin nothing more.
 
   Raises:
-    BadInput: the data or config is wrong, or the workdir belongs to another experiment.
+    BadInput: the data or config is wrong, the workdir belongs to another experiment, or the data
+      are not those that the store's card describes (found while training; nothing was saved).
     NothingToLoad: there are checkpoints and none can be trusted.
     NonFinite: a loss or gradient was not finite; step and worst domain are named.
     Preempted: SIGTERM or SIGUSR1 came; everything is saved.
   """
-  made = processes.agreed(lambda: Run(config, workdir))
+  made = processes.agreed(lambda: Run(config, workdir, named=named))
   processes.same(digest(made.identity), 'config, data or tokenizer')
-  loop = Loop([made])
+  loop = Loop([made], verify_data=verify_data)
   loop()
   return loop.stop_signal
 
 
-def together(members: dict[str, tuple[Config, Path]], say=print) -> str | None:
+def together(members: dict[str, tuple[Config, Path]], say=print,
+             verify_data: bool = True) -> str | None:
   """Trains several runs in this process: those with equal programs side by side, the rest apart.
 
   Each is the run that `run` would make of it, in its own workdir, and can go on either way.
 
   Args:
     members: {name: (config, workdir)}; the caller holds the locks of the workdirs.
-    say: called with a line for each that trains apart.
+    say: called with a line for each that trains apart. verify_data: see `Loop`.
 
   Returns:
     As `run`.
@@ -178,7 +205,8 @@ def together(members: dict[str, tuple[Config, Path]], say=print) -> str | None:
         say(f'{run.name}: apart from {", from ".join(others)}')
       groups.append([run])
   # All of them now: what one cannot be is said before another trains.
-  loops = [Loop(group, chosen(group[0].config.train.lift, group[0].program)) for group in groups]
+  loops = [Loop(group, chosen(group[0].config.train.lift, group[0].program), verify_data)
+           for group in groups]
   for loop, after in zip(loops, [*groups[1:], None]):
     loop()
     if loop.stop_signal and after:

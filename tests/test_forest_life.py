@@ -129,10 +129,11 @@ def test_the_gate_refuses_and_flags_what_learned_nothing(copy, stores, tmp_path)
 def test_branches_start_from_what_the_plan_says(copy, stores, tmp_path):
   """A second round: posterior and given weights, a share of the seed; then removal of a parent."""
   even = {'legal': 0.25, 'code': 0.75}
+  longer = BRANCH | {'optimizer': {'schedule_steps': 12}}  # the first round's ends at 8
   replan(copy, stores, tmp_path,
          late={'domains': ['kitchen'], 'parent': 'posterior', 'of': ['legal', 'code'],
-               'changes': BRANCH},
-         given={'domains': ['kitchen'], 'parent': even, 'changes': BRANCH},
+               'changes': longer},
+         given={'domains': ['kitchen'], 'parent': even, 'changes': longer},
          early={'domains': ['kitchen'], 'parent': 'seed@25%', 'changes': BRANCH},
          fresh={'domains': ['kitchen'], 'parent': 'random', 'changes': {'train': {'steps': 2}}})
   ended = forest('run', f'--forest={copy}')

@@ -138,7 +138,8 @@ def test_killed_and_started_again_two_processes_end_as_if_nothing_had_happened(p
 @pytest.mark.parametrize('asked', [0, 1])
 def test_a_signal_to_one_process_ends_both_at_one_step(pair, tmp_path, asked):
   work = tmp_path / 'work'
-  both = pair(work, mesh__expert=2, train__steps=2000, train__checkpoint_every=0)
+  both = pair(work, mesh__expert=2, train__steps=2000, train__checkpoint_every=0,
+              optimizer__schedule_steps=2000)
   runs.until(lambda: (work / 'metrics.jsonl').exists() and len(metrics.read(work)) > 3, 300)
   both.processes[asked].send_signal(signal.SIGTERM)
   assert both.wait() == [75, 75]
@@ -161,6 +162,14 @@ def test_what_fails_in_one_process_ends_both(pair, stores, tmp_path):
               optimizer__clip=0)
   assert both.wait(120) == [5, 5]
   assert 'worst domain' in both.errors()[1]
+  copy = shutil.copytree(stores.bytes, tmp_path / 'store')
+  file = copy / 'verse/valid/tokens.bin'
+  file.write_bytes(file.read_bytes()[::-1])  # of the same size; process 0 reads it again
+  both = pair(tmp_path / 'changed', mesh__expert=2, data__path=copy)
+  assert both.wait(120) == [2, 2]
+  assert f'{file}: digest' in both.errors()[0]
+  assert both.errors()[1].startswith('process 0 of 2 ended, with exit code 2')
+  assert checkpoint.steps(tmp_path / 'changed/checkpoints') == []
 
 
 def test_a_process_without_its_number_is_refused(stores, tmp_path):

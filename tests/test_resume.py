@@ -131,14 +131,15 @@ def test_a_kill_storm(stores, nursery, whole, tmp_path, seed):
 
 # ---- damaged ----------------------------------------------------------------------------------
 
-TWELVE = {'model__ffn': 'demix', 'train__steps': 12}
+EIGHT = KINDS['demix'] | {'optimizer__schedule_steps': 12}
+TWELVE = EIGHT | {'train__steps': 12}
 
 
 @pytest.fixture(scope='module')
 def eight(stores, tmp_path_factory):
   """A run of 8 steps with checkpoints 4 and 8, and the same experiment run to 12 in one go."""
   folder = tmp_path_factory.mktemp('damage')
-  assert runs.train(stores.bytes, folder / 'eight', **KINDS['demix']).code == 0
+  assert runs.train(stores.bytes, folder / 'eight', **EIGHT).code == 0
   assert runs.train(stores.bytes, folder / 'twelve', **TWELVE).code == 0
   assert runs.digests(folder / 'eight').keys() == {4, 8}
   return folder / 'eight', folder / 'twelve'
@@ -191,7 +192,7 @@ def test_without_checkpoints_a_run_starts_over(eight, stores, tmp_path):
   """What was killed before its first checkpoint: its lines go, the numbers are the same."""
   copy = shutil.copytree(eight[0], tmp_path / 'W')
   shutil.rmtree(copy / 'checkpoints')
-  assert runs.train(stores.bytes, copy, **KINDS['demix']).code == 0
+  assert runs.train(stores.bytes, copy, **EIGHT).code == 0
   assert runs.rows(copy) == runs.rows(eight[0])
   assert runs.digests(copy) == runs.digests(eight[0])
 
@@ -201,7 +202,7 @@ def test_the_names_of_domains_change_labels_only(stores, eight, tmp_path):
   names = dict(zip(sorted(corpus.DOMAINS), ('z', 'y', 'x', 'w')))
   text = corpus.write(tmp_path / 'text', names)
   store = corpus.store(text, tmp_path / 'store', names, tokenizer='bytes')
-  assert runs.train(store, tmp_path / 'W', **KINDS['demix']).code == 0
+  assert runs.train(store, tmp_path / 'W', **EIGHT).code == 0
   def label(key):
     parts = key.split('/')
     return '/'.join(names.get(p, p) for p in parts)

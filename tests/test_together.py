@@ -231,6 +231,10 @@ def test_who_cannot_go_together_trains_apart_and_it_is_said_why(copy, apart):
 def test_a_branch_of_a_branch_waits_for_its_parent(copy):
   with manifest.edit(copy) as found:
     found['plan']['experts']['verse']['parent'] = 'legal'
+  said = forest('run', f'--forest={copy}', '--together').error(2)  # before anything is trained
+  assert 'verse trains for 4 + 8 of its parents updates, past the end of its schedule at 8' in said
+  assert list(manifest.load(copy)['experts']) == []
+  change(copy, only=('verse',), optimizer__schedule_steps=12)
   ended = forest('run', f'--forest={copy}', '--together')
   assert ended.code == 0 and ended.out.count('for each of 2 runs') == 2, ended
   found = manifest.load(copy)['experts']

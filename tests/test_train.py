@@ -17,6 +17,7 @@ from cases import some
 from demix import checkpoint, digests, loss, metrics, together, workdir
 from demix.config import domain_symbols
 from demix.data.batches import Batches, DataConfig
+from demix.data.prepare import PrepareConfig, prepare
 from demix.data.store import TokenStore
 from demix.eval import perplexity
 from demix.reference import load
@@ -322,6 +323,41 @@ def test_a_bad_expert_is_named_by_its_domain_and_its_checkpoint_is_not_touched(c
                        optimizer__restart=9, **DEMIX).error(5)
   assert 'step 10: loss nan' in message and 'worst domain verse at nan' in message
   assert runs.files(directory) == before
+
+
+@pytest.fixture(scope='module')
+def prompts(tmp_path_factory):
+  """A store whose first blocks are prompts only, of one domain, and of another all."""
+  folder = tmp_path_factory.mktemp('prompts')
+  for domain, prompt in (('asked', 400), ('plain', 0)):
+    (folder / 'text' / domain).mkdir(parents=True)
+    record = {'prompt': 'q' * prompt, 'completion': 'a' * 40} if prompt else {'text': 'ab ' * 300}
+    for split in ('train', 'valid'):
+      (folder / 'text' / domain / f'{split}.jsonl').write_text((json.dumps(record) + '\n') * 2)
+  prepare(folder / 'text', folder / 'store', PrepareConfig(tokenizer='bytes'), lambda line: None)
+  return folder / 'store'
+
+
+def test_where_nothing_was_scored_there_is_no_number(prompts, tmp_path):
+  """Not a loss of 0, a perplexity of 1.00, or a mean with these in it."""
+  few = {'train__eval_sequences': 1, 'train__eval_every': 4, 'data__batch_size': 1,
+         'train__tensorboard': True}
+  ended = runs.train(prompts, tmp_path / 'A', data__domains='asked', **few)
+  assert ended.code == 0 and 'step 8: valid perplexity asked -\n' in ended.out, ended
+  rows = metrics.read(tmp_path / 'A')
+  assert not any(n.startswith('eval/') for row in rows for n in row)
+  blank = [row for row in rows if row['train/loss'] is None]
+  assert 0 < len(blank) < len(rows)
+  for row in rows:
+    assert ('train/asked/nll' in row) == (row not in blank)
+    assert (row['train/grad_norm'] is None) == (row in blank) and row['train/loss'] != 0
+  updates = checkpoint.read_meta(tmp_path / 'A/checkpoints', 8)['updates']
+  assert updates == len(rows) - len(blank)
+  few['data__batch_size'] = 2
+  ended = runs.train(prompts, tmp_path / 'B', data__domains='asked,plain', **few)
+  assert ended.code == 0 and 'step 8: valid perplexity asked -, plain ' in ended.out, ended
+  last = metrics.read(tmp_path / 'B')[-1]
+  assert last['eval/mean/nll'] == last['eval/plain/nll'] > 0 and 'eval/asked/nll' not in last
 
 
 # ---- signals ----------------------------------------------------------------------------------

@@ -45,6 +45,9 @@ class DataConfig:
       raise BadInput(f'data.batch_size={self.batch_size} is not a multiple of {n} domains: '
                      f'balanced batches need equal rows; try {self.batch_size // n * n or n} or '
                      f'{(self.batch_size // n + 1) * n}')
+    if self.domain_token and self.packing == 'document':
+      raise BadInput('data.domain_token with data.packing=document: only the first document of a '
+                     'sequence would have the symbol; give data.packing=continuous')
     if self.sampling == 'weights':
       for name in self.domains:
         if name not in self.weights:

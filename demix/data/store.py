@@ -163,14 +163,19 @@ class TokenStore:
       self._maps['tokenizer'] = tokenizers.Tokenizer.load(self.path / 'tokenizer')
     return self._maps['tokenizer']
 
-  def verify(self):
+  def verify(self, domains=(), splits=()):
     """Reads everything again and compares it with the card.
+
+    Args:
+      domains: those that are read; (): all. splits: the same; one that a domain lacks is none.
 
     Raises:
       BadInput: names the first file whose content is not what the card says.
     """
-    for domain in self.domains:
+    for domain in domains or self.domains:
       for split in self.splits(domain):
+        if splits and split not in splits:
+          continue
         entry, folder = self._entry(domain, split), self.path / domain / split
         tokens, documents = self.tokens(domain, split), self.documents(domain, split)
         digest, ends, top = xxhash.xxh3_128(), [], 0

@@ -117,7 +117,7 @@ def check(plan: dict, where: str, there=()):
   for name in experts:
     step_of(plan, name, where)
   for name in [SEED] * (plan['seed'] is not None) + list(experts):
-    _check_schedule(plan, name, where)
+    check_schedule(plan, name, where)
 
 
 def _check_parent(plan, name, where, known):
@@ -170,7 +170,8 @@ def reach(plan: dict, name: str) -> tuple[int, int, int] | None:
   return before + steps, start, length
 
 
-def _check_schedule(plan, name, where):
+def check_schedule(plan: dict, name: str, where: str = 'plan'):
+  """Raises BadInput when the seed or an expert would train past the end of its schedule."""
   found, config = reach(plan, name), config_of(plan, name)
   if not found or config.get('optimizer', {}).get('schedule') == 'constant':
     return

@@ -49,9 +49,9 @@ class Verb:
         names.append(f.name)
     return names
 
-  def boolean(self, name: str, help: str):
-    flags.DEFINE_bool(name, False, help, flag_values=self.flags)
-    self._help.append((f'--{name}', help))
+  def boolean(self, name: str, help: str, default: bool = False):
+    flags.DEFINE_bool(name, default, help, flag_values=self.flags)
+    self._help.append((f'--{name}{"=true" if default else ""}', help))
 
   def config(self, cls, example: str, name: str = 'config', text: str = ''):
     """Adds --NAME=FILE[:ARG] and --NAME.path.to.key=value for the dataclass `cls`.

@@ -71,6 +71,8 @@ def _run(verb, argv):
   verb.integer('limit', 0, LIMIT, low=0)
   verb.boolean('together', 'experts whose parents are there are trained side by side in this '
                'process (train.lift says how)')
+  verb.boolean('verify_data', "compare the data with the digests in their store's card, in the "
+               'background; first checkpoints wait for it', default=True)
   verb.boolean('require_gain', 'exit 3 and do not register an expert that is no better than its '
                'parent')
   given, _ = verb.parse(argv)
@@ -78,7 +80,7 @@ def _run(verb, argv):
   folder, limit = _forest(given), given.limit
   from demix.grow import grow
   grow(folder, only=names, data=given.data, together=given.together,
-       require_gain=given.require_gain, limit=limit)
+       require_gain=given.require_gain, limit=limit, verify_data=given.verify_data)
 
 
 def _status(verb, argv):

@@ -37,6 +37,8 @@ def _train(argv, held) -> int:
   from demix.config import Config
   verb = Verb('train', SUMMARY)
   verb.string('workdir', '', 'folder of the run: config, metrics, checkpoints')
+  verb.boolean('verify_data', "compare the data with the digests in their store's card, in the "
+               'background; the first checkpoint waits for it', default=True)
   verb.config(Config, 'configs/laptop.py:demix')
   given, config = verb.parse(argv)
   require(given.workdir, 'workdir', 'where the run keeps its config, metrics and checkpoints')
@@ -44,17 +46,18 @@ def _train(argv, held) -> int:
   if config.init.model:
     reference.parse(config.init.model)
   from demix import train
+  named = re.findall(r'(?:^|\n)--?config\.([\w.]+)', '\n'.join(argv))
   if held:
     if config.mesh.processes != 1:
       raise BadInput(f'mesh.processes={config.mesh.processes} in the config file: it says how the '
                      'run is started, before the file is read; give it as a flag, '
                      f'--config.mesh.processes={config.mesh.processes}')
-    train.run(config, held)
+    train.run(config, held, given.verify_data, named)
     return 0
-  return _train_together(config, Path(given.workdir))
+  return _train_together(config, Path(given.workdir), given.verify_data, named)
 
 
-def _train_together(config, path) -> int:
+def _train_together(config, path, *how) -> int:
   """In several processes; the first one holds the workdir."""
   from demix import processes, train, workdir
   mesh = config.mesh
@@ -63,5 +66,5 @@ def _train_together(config, path) -> int:
     take = lambda: processes.first() and stack.enter_context(workdir.hold(path, 'train'))
     processes.agreed(take)
     processes.agreed(lambda: workdir.check_shared(path))
-    train.run(config, path)
+    train.run(config, path, *how)
   return 0

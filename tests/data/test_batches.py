@@ -247,17 +247,6 @@ def test_a_domain_symbol_starts_each_block_and_is_never_scored(store):
   assert all(s >= e for s, e in zip(seen, everything)), 'a sequence of a domain was left out'
 
 
-def test_a_domain_symbol_with_documents_belongs_to_the_first_segment(store):
-  batch = make(store, domain_token=True, packing='document')[0]
-  tokens, segments, positions = (batch[f'{n}_BL'] for n in ('tokens', 'segments', 'positions'))
-  np.testing.assert_array_equal(tokens[:, 0], 1000 + batch['domain_B'])
-  assert np.all(segments[:, 0] == 1) and segments.max() > 1
-  for row in range(8):
-    for segment in range(1, segments[row].max() + 1):
-      at = segments[row] == segment
-      np.testing.assert_array_equal(positions[row][at], np.arange(at.sum()))
-
-
 @pytest.mark.parametrize('changes', [{}, {'sampling': 'proportional'}])
 def test_a_domain_with_fewer_sequences_than_a_batch_is_refused_with_both_numbers(store, changes):
   size = len(texts_of(store, 'kitchen'))

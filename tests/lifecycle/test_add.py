@@ -150,7 +150,7 @@ def test_it_is_evaluated_listed_and_trained_on_like_any_workdir(grown, stores, t
   lines = runs.demix('forest', 'list', f'--model={copy}').out.splitlines()
   assert [line.split()[0] for line in lines] == ['expert', *FIVE, '(trunk)']
   assert 'added: from verse, on mixed, ' in lines[5] and '; gain ' in lines[5]
-  flags = dict(model__ffn='demix', seed=5, optimizer__schedule_steps=40,
+  flags = dict(model__ffn='demix', seed=5, optimizer__schedule_steps=4, optimizer__restart=40,
                data__domains=','.join(FIVE), train__steps=44)
   assert 'data.batch_size: 10 → 15' in runs.train(
       stores.bytes, copy, **flags, data__batch_size=15).error(2)

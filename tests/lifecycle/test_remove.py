@@ -126,8 +126,8 @@ def test_it_is_evaluated_listed_and_trained_on_like_any_workdir(place, stores, t
   assert [line.split()[0] for line in lines] == ['expert', *LEFT, '(trunk)', 'removed']
   assert '9 places still hold it or its data' in lines[-1] and 'not unlearning' in lines[-1]
   ended = runs.train(stores.bytes, copy, model__ffn='demix', seed=5, train__steps=42,
-                     optimizer__schedule_steps=40, data__domains=','.join(LEFT),
-                     data__batch_size=6)
+                     optimizer__schedule_steps=2, optimizer__restart=40,
+                     data__domains=','.join(LEFT), data__batch_size=6)
   assert ended.code == 0 and 'resumed     at step 40' in ended.out
   assert newest(copy)['lifecycle'] == newest(place[0] / 'W2')['lifecycle']
 
