@@ -13,6 +13,8 @@ from demix.config import Config
 from demix.errors import BadInput
 from demix.layers.feed_forward import ACTIVATIONS
 from demix.layers.norms import KINDS
+from demix.mix import combine, evidence, gate
+from demix.mix.mix_config import MixConfig
 from demix.model_config import ExecutionConfig, ModelConfig
 from demix.settings import default_of
 from demix.transformer import REMAT
@@ -130,6 +132,9 @@ def test_choices_are_what_is_built():
   assert choices(ModelConfig, 'activation') == set(ACTIVATIONS)
   assert choices(ModelConfig, 'norm') == set(KINDS)
   assert choices(ExecutionConfig, 'remat') == set(REMAT)
+  assert choices(MixConfig, 'order') == set(gate.ORDERS)
+  assert choices(MixConfig, 'combine') == set(combine.KINDS)
+  assert choices(MixConfig, 'kernel') == set(evidence.KERNELS)
 
 
 def test_what_was_saved_is_read_without_these_checks():
