@@ -117,6 +117,12 @@ def test_a_value_without_what_it_needs_is_refused_and_with_it_is_not(cls, field)
     settings.check_needs(cls(**changes | ({more[0]: [*more, 'x'][1]} if more else {})))
 
 
+def test_a_text_is_utf8():
+  with pytest.raises(BadInput, match=r"^data\.path='caf\\udce9' is not UTF-8"):
+    settings.check(settings.from_dict(Config, {'data': {'path': 'caf\udce9'}}))
+  settings.check(settings.from_dict(Config, {'data': {'path': 'café\n😀'}}))
+
+
 def test_groups_are_walked_and_named():
   with pytest.raises(BadInput, match=r'^optimizer\.clip=-1\.0 is out of range: give a finite '
                                      r'number, at least 0 \(global L2 norm'):
