@@ -9,7 +9,7 @@ The papers: DEMix §5, BTM §2.2, c-BTM §2.3; docs/method.md says where their r
 from ml_collections import ConfigDict
 
 from demix import settings
-from demix.mix.mixture import MixConfig
+from demix.mix.mix_config import MixConfig
 
 WAYS = {
     'average': dict(prior='none', posterior='none'),

@@ -132,6 +132,8 @@ def check_values(config, where: str = ''):
     value, name = getattr(config, f.name), f'{where}{f.name}'
     if dataclasses.is_dataclass(value):
       check_values(value, f'{name}.')
+    elif isinstance(value, str) and not value.isprintable() and not _is_utf8(value):
+      raise BadInput(f'{name}={value!r} is not UTF-8: give another')
     elif f.metadata['choices']:
       if value not in f.metadata['choices']:
         raise BadInput(f'{name}={value!r}: no such choice'
@@ -176,6 +178,14 @@ def _inside(value, default, ends) -> bool:
           and (ends['above'] is None or value > ends['above'])
           and (ends['high'] is None or value <= ends['high'])
           and (ends['below'] is None or value < ends['below']))
+
+
+def _is_utf8(text: str) -> bool:
+  try:
+    text.encode()
+  except UnicodeEncodeError:  # a lone surrogate: what bytes of a command line became
+    return False
+  return True
 
 
 def _range(field) -> str:

@@ -172,6 +172,10 @@ def hold(path, what: str = 'train'):
     BadInput: not a directory, not writable, or a file system without locks.
   """
   workdir = Path(path)
+  try:
+    os.fsencode(workdir.absolute()).decode()
+  except UnicodeError:  # checkpoints and records could not name it
+    raise BadInput(f'{workdir}: the path is not UTF-8: name another workdir') from None
   _make(workdir)
   lock = workdir / LOCK
   try:

@@ -314,4 +314,9 @@ def test_a_plan_does_not_change_under_what_is_trained(copy, stores, tmp_path):
   file = config_file(tmp_path, new={'domains': ['nosuch']})
   said = forest('plan', f'--config={file}', f'--forest={copy}', f'--data={stores.bytes}').error(2)
   assert "no such domain" in said
+  for changes, why in (({'optimizer': {'clip': -1}}, 'new: optimizer.clip=-1.0 is out of range'),
+                       ({'init': {'limit': 3}}, 'new: init.limit=3 has no effect')):
+    file = config_file(tmp_path, new={'domains': ['mixed'], 'changes': changes})
+    said = forest('plan', f'--config={file}', f'--forest={copy}', f'--data={stores.bytes}').error(2)
+    assert why in said
   assert (copy / manifest.FILE).read_bytes() == before

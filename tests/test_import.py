@@ -1,6 +1,7 @@
 """Who may import whom (design §3), and that the light parts stay light."""
 
 import ast
+import itertools
 import subprocess
 import sys
 import time
@@ -130,8 +131,51 @@ def test_help_imports_nothing_heavy_and_is_quick(argv):
   assert seconds < 1
 
 
-def test_an_unknown_verb_imports_no_jax():
-  assert not loaded('trian')[0] & {'jax', 'flax', 'grain', 'orbax'}
+CONFIG = '--config=configs/laptop.py:demix'
+WRONG = [
+    'trian', 'train', 'train --workdir={W} --confg', 'train --workdir={W} --config.seed=x',
+    'train --workdir={W} --config.model.d_modle=3', 'train --workdir={W} --config=none.py',
+    'train --workdir={W} --config.data.path=S --config.optimizer.clip=-1',
+    f'train --workdir={{W}} --config.data.path=S {CONFIG} --config.model.d_modle=3',
+    f'train --workdir={{W}} --config.data.path=S {CONFIG} --config.optimizer.b1=nan',
+    f'train --workdir={{W}} --config.data.path=S {CONFIG} --config.model.rope_theta=5',
+    f'train --workdir={{W}} --config.data.path=S {CONFIG} --config.init.model=W@',
+    'prepare --out={W}', 'prepare --input=. --out={W} --config.vocab_size=3',
+    'prepare --input=. --out={W} --config=configs/corpora/demix_eight.py --config.tokenzier=bpe',
+    'prepare --input=. --out={W} --discover=x', 'prepare --input=. --out={W} --discover.sample=0',
+    'evaluate', 'evaluate --modle=W', 'evaluate --model=W@', 'evaluate --model=W --limit=-1',
+    'evaluate --model=W --mix=configs/mix.py:top2 --mix.temprature=1',
+    'evaluate --model=W --mix=all --mix.decay=2', 'evaluate --model=W --mix=all --mix.decay=x',
+    'generate --model=W', 'generate --model=W --prompt=x --temperature=nan',
+    'generate --model=hf:W --prompt=x', 'generate --model=W --prompt=x --mix=configs/mix.py:none',
+    'merge', 'merge --model=W', 'merge --model=W@ --workdir={W}', 'merge --wrkdir={W}',
+    'inspect --config.model.heads=0', f'inspect {CONFIG} --config.model.heads=3',
+    'inspect --devices=-1', 'inspect --config=configs/papers/demix/demix.py:2b',
+    'forest', 'forest paln', 'forest plan', 'forest run --limit=-1 --forest={W}', 'forest run',
+    'forest plan --config=configs/forest_quickstart.py --forest={W} --dta=S',
+    'forest list --model=W@', 'forest add --forest={W} --expert=x', 'forest show --forest={W}',
+]
+
+
+@pytest.mark.parametrize('verb', sorted({w.split()[0] for w in WRONG}))
+def test_what_the_flags_show_to_be_wrong_is_said_without_jax(tmp_path, verb):
+  """In one line, and by one process for all of a verb's: nothing is left loaded by any."""
+  typed = [w.format(W=tmp_path / 'W').split() for w in WRONG if w.split()[0] == verb]
+  code = ('import sys, time\n'
+          'from demix.__main__ import main\n'
+          f'for argv in {typed!r}:\n'
+          '  code = main(argv)\n'
+          '  print(code, time.process_time(), [m for m in ("jax", "flax", "optax", "grain", '
+          '"orbax", "tokenizers", "sklearn") if m in sys.modules], flush=True)\n')
+  done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+  out, err = done.stdout.splitlines(), done.stderr.splitlines()
+  assert len(out) == len(err) == len(typed), (out, err)
+  for argv, said, line in zip(typed, out, err):
+    assert said.startswith('2 ') and said.endswith(' []'), (argv, said)
+    assert line.startswith('error: '), (argv, line)
+  seconds = [0, *(float(line.split()[1]) for line in out)]  # of CPU, since Python began
+  assert max(b - a for a, b in itertools.pairwise(seconds)) < 0.5
+  assert not (tmp_path / 'W').exists() or verb == 'train'  # train takes the lock first
 
 
 def test_prepare_imports_no_jax(tmp_path):

@@ -13,6 +13,8 @@ from demix.config import Config
 from demix.errors import BadInput
 from demix.layers.feed_forward import ACTIVATIONS
 from demix.layers.norms import KINDS
+from demix.mix import combine, evidence, gate
+from demix.mix.mix_config import MixConfig
 from demix.model_config import ExecutionConfig, ModelConfig
 from demix.settings import default_of
 from demix.transformer import REMAT
@@ -115,6 +117,12 @@ def test_a_value_without_what_it_needs_is_refused_and_with_it_is_not(cls, field)
     settings.check_needs(cls(**changes | ({more[0]: [*more, 'x'][1]} if more else {})))
 
 
+def test_a_text_is_utf8():
+  with pytest.raises(BadInput, match=r"^data\.path='caf\\udce9' is not UTF-8"):
+    settings.check(settings.from_dict(Config, {'data': {'path': 'caf\udce9'}}))
+  settings.check(settings.from_dict(Config, {'data': {'path': 'café\n😀'}}))
+
+
 def test_groups_are_walked_and_named():
   with pytest.raises(BadInput, match=r'^optimizer\.clip=-1\.0 is out of range: give a finite '
                                      r'number, at least 0 \(global L2 norm'):
@@ -130,6 +138,9 @@ def test_choices_are_what_is_built():
   assert choices(ModelConfig, 'activation') == set(ACTIVATIONS)
   assert choices(ModelConfig, 'norm') == set(KINDS)
   assert choices(ExecutionConfig, 'remat') == set(REMAT)
+  assert choices(MixConfig, 'order') == set(gate.ORDERS)
+  assert choices(MixConfig, 'combine') == set(combine.KINDS)
+  assert choices(MixConfig, 'kernel') == set(evidence.KERNELS)
 
 
 def test_what_was_saved_is_read_without_these_checks():

@@ -52,6 +52,15 @@ def holder(tmp_path, request):
   process.communicate()
 
 
+def test_a_path_that_checkpoints_could_not_name_is_refused(tmp_path):
+  for path in (tmp_path / 'caf\udce9', tmp_path / 'caf\udce9/W'):
+    with pytest.raises(BadInput, match='the path is not UTF-8'), workdir.hold(path):
+      pass
+  assert not list(tmp_path.iterdir())
+  with workdir.hold(tmp_path / 'café'):
+    pass
+
+
 def test_a_second_process_is_refused_at_once_and_told_by_whom(tmp_path, holder):
   start = time.monotonic()
   second = child(tmp_path / 'w')

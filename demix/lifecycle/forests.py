@@ -6,7 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
-from demix import catalogue
+from demix import catalogue, settings
+from demix.config import Config
 from demix.data.store import TokenStore
 from demix.errors import BadInput, NothingToLoad
 from demix.forest import manifest, plan
@@ -30,6 +31,18 @@ def names(forest: dict) -> list[str]:
   return seed + manifest.order(parents)
 
 
+def check_configs(content: dict, where: str):
+  """Raises BadInput for a plan whose seed or an expert could not be trained as it says."""
+  for name in [SEED] * (content['seed'] is not None) + list(content['experts']):
+    nested = plan.config_of(content, name)
+    if name != SEED and plan.parents(content, name):
+      nested['init']['model'] = 'its parent'
+    try:
+      settings.from_dict(Config, nested, 'config').check()
+    except BadInput as e:
+      raise BadInput(f'{where}: {name}: {e}') from None
+
+
 def write_plan(folder, content: dict, data: str, where: str) -> list[str]:
   """Writes a plan into the manifest (made if need be); lines for people.
 
@@ -51,8 +64,7 @@ def write_plan(folder, content: dict, data: str, where: str) -> list[str]:
       if 'valid' not in store.splits(domain):
         raise BadInput(f'{where}: expert {name} has parent={plan.POSTERIOR}, and {data} has no '
                        f'valid text of {domain} to estimate it on')
-  for name in [SEED] * (content['seed'] is not None) + list(content['experts']):
-    plan.config_of(content, name)
+  check_configs(content, where)
   with manifest.edit(folder) as forest:
     old = forest['plan']
     for name in [SEED] * bool(forest['base']) + list(forest['experts']):

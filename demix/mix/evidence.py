@@ -12,7 +12,6 @@ each row, and with each segment where rows hold several.
 import jax
 import jax.numpy as jnp
 
-POSTERIORS = ('prefix', 'last_token', 'clusters', 'none')
 KERNELS = ('d2', 'd4')
 
 

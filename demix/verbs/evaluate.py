@@ -13,7 +13,7 @@ SUMMARY = 'perplexity and bits per byte per domain, for one or more models'
 
 def run(argv: list[str]) -> int:
   """Parses flags, evaluates every model on every domain, prints the table, writes JSON."""
-  from demix.mix.mixture import MixConfig
+  from demix.mix.mix_config import MixConfig
   verb = Verb('evaluate', SUMMARY)
   verb.strings('model', 'model reference W, W@STEP or W#EXPERT, with an optional NAME= before it')
   verb.string('data', '', "token store; the first model's own by default")
@@ -122,7 +122,7 @@ def choose(models: dict, given, modes) -> int:
   """Prints, for every model and way of mixing, the accuracy on a file of multiple choice."""
   from demix import language_model, multiple_choice, reference
   from demix.eval.results import layout
-  from demix.mix.mixture import MixConfig
+  from demix.mix.mix_config import MixConfig
   from demix.progress import Progress
   for flag in ('out', 'dump', 'save_priors', 'packing', 'stride', 'limit'):
     if getattr(given, flag):

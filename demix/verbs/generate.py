@@ -13,7 +13,7 @@ SUMMARY = 'text from a model, one expert or a mixture of experts'
 def run(argv: list[str]) -> int:
   """Parses flags, streams the text to the terminal, ends with the weight of each expert."""
   from demix import reference, settings
-  from demix.mix.mixture import MixConfig
+  from demix.mix.mix_config import MixConfig
   from demix.sampling_config import SamplingConfig
   verb = Verb('generate', SUMMARY)
   verb.string('model', '', 'model reference: W, W@STEP, or W#EXPERT for one expert')

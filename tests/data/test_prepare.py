@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize('kind', ['bytes', 'bpe', 'json', 'sentencepiece'])
 def test_texts_come_back_from_the_store(tmp_path, capsys, kind):
   small(tmp_path / 'in')
-  more = ['--config.vocab_size=300']
+  more = ['--config.vocab_size=300'] if kind == 'bpe' else []
   if kind == 'json':
     prepare(tmp_path / 'in', tmp_path / 'first', PrepareConfig(vocab_size=300), QUIET)
     more = [f'--config.tokenizer_path={tmp_path / "first/tokenizer/tokenizer.json"}']

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from demix.forest import plan
+from demix.lifecycle import forests
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -27,6 +28,7 @@ from configs.papers.btm import forest as eight  # noqa: E402
 def planned(content):
   found = plan.named(json.loads(json.dumps(content.to_dict())), 'p')
   plan.check(found, 'p')
+  forests.check_configs(found, 'p')
   return found
 
 

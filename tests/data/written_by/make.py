@@ -1,7 +1,7 @@
 """Made the archives beside it, with the code of the day: python make.py FOLDER.
 
 A store, a dense LM, a DEMix LM, a forest of a seed and two branches, priors and results.json, of
-the corpus of the tests; then, without text/ and the locks, `tar cJf COMMIT.tar.xz .` in that folder.
+the corpus of the tests; then, without text/ and the locks, `tar cJf COMMIT.tar.xz .` there.
 """
 
 import os
