@@ -1,7 +1,8 @@
 """How fast `prepare` is on one core, and how much memory it takes.
 
   python benchmarks/prepare.py [--full] [--megabytes=64] [--repeats=7] [--texts=FOLDER]
-      [--format=jsonl|zst|text|parquet|array_record|huggingface|tfds|tokens|seqio]
+      [--format=jsonl|gz|zst|text|parquet|array_record|huggingface|tfds|tokens|seqio]
+  python benchmarks/prepare.py --corpus=FOLDER
 
 Prints the rate of byte-level BPE (beside that of the library given whole documents, in turns), then
 runs `python -m demix prepare` on one generated file and prints its wall time, CPU time and peak
@@ -9,11 +10,14 @@ memory. --full: a file of 1 GB. --format: what holds the text (not jsonl: by byt
 that reading is what is measured; without the rate of BPE). --texts: files to take text from (*.py
 and *.txt, in all folders below); the standard library of this Python by default. seqio needs an
 environment with requirements-seqio.txt (.venv-seqio, which launch/test.sh --long makes).
+--corpus: no generated file, but a folder of domains, say of .jsonl.gz, by BPE and with all steps.
 """
 
 import argparse
+import gzip
 import itertools
 import os
+import pickle
 import statistics
 import subprocess
 import sys
@@ -28,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # from a checkout, without installing
 
 
-FORMATS = ('jsonl', 'zst', 'text', 'parquet', 'array_record', 'huggingface', 'tfds', 'tokens',
+FORMATS = ('jsonl', 'gz', 'zst', 'text', 'parquet', 'array_record', 'huggingface', 'tfds', 'tokens',
            'seqio')
 TASK = '''import functools, seqio, tensorflow as tf
 seqio.TaskRegistry.add(
@@ -81,10 +85,11 @@ def generate_as(name: str, target: Path, folder: Path, size: int) -> dict:
   """Writes text of `size` bytes in a format; returns the entry of config.corpus that names it."""
   rows = ({'text': t} for t in documents(folder, size))
   entry = {'name': 'generated', 'source': name, 'path': str(target / 'train')}
-  if name == 'zst':
+  if name in ('gz', 'zst'):
     import zstandard
-    path = target / 'train.jsonl.zst'
-    with open(path, 'wb') as f, zstandard.ZstdCompressor().stream_writer(f) as out:
+    path = target / f'train.jsonl.{name}'
+    with open(path, 'wb') as f, (gzip.GzipFile(fileobj=f, mode='wb') if name == 'gz' else
+                                 zstandard.ZstdCompressor().stream_writer(f)) as out:
       for row in rows:
         out.write(orjson.dumps(row) + b'\n')
     return entry | {'source': 'jsonl', 'path': str(path)}
@@ -164,8 +169,8 @@ def encoding(folder: Path, repeats: int):
   library = lambda: made._engine.encode_batch_fast(sample, add_special_tokens=False)
   rates, cpu, ratios, tokens = [], [], [], 0
   for _ in range(repeats):
-    times = []
-    for call in (lambda: made.encode(sample), library):
+    times, fresh = [], pickle.loads(pickle.dumps(made))  # remembers no word yet
+    for call in (lambda fresh=fresh: fresh.encode(sample), library):
       wall, process = time.perf_counter(), time.process_time()
       out = call()
       times.append((time.perf_counter() - wall, time.process_time() - process))
@@ -197,20 +202,37 @@ def preparing(folder: Path, size: int, name: str):
         os._exit(0)
       assert os.waitpid(child, 0)[1] == 0
       command += [f'--config={file}', '--config.tokenizer=bytes']
-    for label in ('first time', 'again'):
-      started = time.perf_counter()
-      process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL,
-                                 env=os.environ | {'PYTHONPATH': str(temporary / 'in')})
-      _, status, used = os.wait4(process.pid, 0)
-      wall = time.perf_counter() - started
-      process.returncode = os.waitstatus_to_exitcode(status)
-      assert process.returncode == 0, process.returncode
-      cpu = used.ru_utime + used.ru_stime
-      print(f'prepare, {label}: {written / 1e6:.0f} MB of text in {wall:.1f} s wall, {cpu:.1f} s '
-            f'CPU: {written / 1e6 / wall:.2f} MB/s, {written / 1e6 / cpu:.2f} MB per CPU second; '
-            f'peak memory {used.ru_maxrss / 1e3:.0f} MB')
+    measure(command, temporary / 'out', written, str(temporary / 'in'))
     card = orjson.loads((temporary / 'out/card.json').read_bytes())
     print('  ', card['domains']['generated']['splits']['train'])
+
+
+def corpus(folder: Path):
+  """Prints what prepare of a folder of domains takes."""
+  with tempfile.TemporaryDirectory() as temporary:
+    out = Path(temporary) / 'out'
+    measure([sys.executable, '-m', 'demix', 'prepare', f'--out={out}',
+             f'--input={folder.resolve()}'], out)
+    print('   fingerprint', orjson.loads((out / 'card.json').read_bytes())['fingerprint'])
+
+
+def measure(command, out: Path, written: int = 0, modules: str = ''):
+  """Runs a prepare twice; prints time and memory for `written` bytes, or what the card counts."""
+  for label in ('first time', 'again'):
+    started = time.perf_counter()
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL,
+                               env=os.environ | {'PYTHONPATH': modules})
+    _, status, used = os.wait4(process.pid, 0)
+    wall = time.perf_counter() - started
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0, process.returncode
+    card = orjson.loads((out / 'card.json').read_bytes())
+    size = written or sum(e['bytes'] for d in card['domains'].values()
+                          for e in d['splits'].values())
+    cpu = used.ru_utime + used.ru_stime
+    print(f'prepare, {label}: {size / 1e6:.0f} MB of text in {wall:.1f} s wall, {cpu:.1f} s '
+          f'CPU: {size / 1e6 / wall:.2f} MB/s, {size / 1e6 / cpu:.2f} MB per CPU second; '
+          f'peak memory {used.ru_maxrss / 1e3:.0f} MB')
 
 
 def main():
@@ -220,10 +242,14 @@ def main():
   parser.add_argument('--repeats', type=int, default=7)
   parser.add_argument('--texts', type=Path, default=Path(sysconfig.get_path('stdlib')))
   parser.add_argument('--format', choices=FORMATS, default='jsonl')
+  parser.add_argument('--corpus', type=Path, help='a folder of domains to prepare instead')
   args = parser.parse_args()
   core = min(os.sched_getaffinity(0))
   os.sched_setaffinity(0, {core})  # children too: everything below is on one core
   os.environ['RAYON_NUM_THREADS'] = '1'
+  if args.corpus:
+    corpus(args.corpus)
+    return
   # A process of its own: the peak memory of a child starts with that of its parent.
   if args.format == 'jsonl' and os.fork() == 0:
     encoding(args.texts, args.repeats)

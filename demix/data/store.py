@@ -159,7 +159,9 @@ class TokenStore:
 
   def tokenizer(self) -> 'tokenizers.Tokenizer':
     """The tokenizer that made the ids."""
-    return tokenizers.Tokenizer.load(self.path / 'tokenizer')
+    if 'tokenizer' not in self._maps:
+      self._maps['tokenizer'] = tokenizers.Tokenizer.load(self.path / 'tokenizer')
+    return self._maps['tokenizer']
 
   def verify(self):
     """Reads everything again and compares it with the card.

@@ -172,6 +172,7 @@ class JsonTokenizer(Tokenizer):
     self._cut, self._cuts_runs = pieces.pattern(spec), pieces.cuts_runs(spec)
     self.unknown_id = _unknown_of(spec)
     self._engine = _engine(model)
+    self._remembered = pieces.Remembered(self._library, self.token_bytes_V)
 
   @classmethod
   def from_file(cls, path) -> 'JsonTokenizer':
@@ -207,13 +208,11 @@ class JsonTokenizer(Tokenizer):
   def encode(self, texts):
     parts, batch, cost = [[] for _ in texts], [], 0
 
+    encode = self._remembered if self._cuts_runs else self._library
+
     def flush():
-      try:
-        encodings = self._engine.encode_batch_fast([p for _, p in batch], add_special_tokens=False)
-      except Exception as e:  # the library raises nothing narrower
-        raise BadInput(f'the tokenizer cannot encode a text ({e}): use another one') from None
-      for (i, _), encoding in zip(batch, encodings):
-        parts[i].append(np.array(encoding.ids, np.int32))
+      for (i, _), ids in zip(batch, encode([p for _, p in batch])):
+        parts[i].append(ids)
       batch.clear()
 
     for i, text in enumerate(texts):
@@ -231,9 +230,15 @@ class JsonTokenizer(Tokenizer):
     flush()
     return [p[0] if len(p) == 1 else np.concatenate(p) for p in parts]
 
+  def _library(self, texts):
+    try:
+      encodings = self._engine.encode_batch_fast(texts, add_special_tokens=False)
+    except Exception as e:  # the library raises nothing narrower
+      raise BadInput(f'the tokenizer cannot encode a text ({e}): use another one') from None
+    return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
   def _ids(self, text):
-    return np.array(self._engine.encode_batch_fast([text], add_special_tokens=False)[0].ids,
-                    np.int32)
+    return self._library([text])[0]
 
   @functools.cached_property
   def _spellings(self):

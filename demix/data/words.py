@@ -6,6 +6,7 @@ punctuation only separate, so a copy with another layout is still a copy (as in 
 Characters of scripts without blanks (CJK, kana, Hangul, what is above U+FFFF) are a word each.
 """
 
+import functools
 from collections.abc import Iterator
 
 import numpy as np
@@ -38,23 +39,30 @@ def texts(store: TokenStore, domain: str, split: str, progress=None,
     spans: [(first id, id past the last)], for a part; None: all.
   """
   made, tokens = store.tokenizer(), store.tokens(domain, split)
-  spelling = made.spelling_V()
-  if spelling is not None:
-    spelling[store.eod_id] = bytes([_END])
-    flat = np.frombuffer(b''.join(spelling), np.uint8)
-    sizes_V = np.array([len(s) for s in spelling], np.int64)
-    starts_V = np.cumsum(sizes_V) - sizes_V
+  spelling = _spelling(made)
   for first, last in spans or [(0, len(tokens))]:
     for at in range(first, last, _IDS):
       ids = np.asarray(tokens[at:min(at + _IDS, last)])
       if spelling is None:
         yield _decoded(made, ids, store.eod_id)
       else:
+        flat, sizes_V, starts_V = spelling
         sizes = sizes_V[ids]
         shift = starts_V[ids] - (np.cumsum(sizes) - sizes)
         yield flat[np.repeat(shift, sizes) + np.arange(sizes.sum())]
       if progress:
         progress(len(ids))
+
+
+@functools.lru_cache(1)  # of the store that is being read: the same for all its splits
+def _spelling(made):
+  """(uint8 [bytes] of all ids, int64 [V] how many each has, int64 [V] where they start) or None."""
+  spelling = made.spelling_V()
+  if spelling is None:
+    return None
+  spelling[made.eod_id] = bytes([_END])
+  sizes_V = np.array([len(s) for s in spelling], np.int64)
+  return np.frombuffer(b''.join(spelling), np.uint8), sizes_V, np.cumsum(sizes_V) - sizes_V
 
 
 def _decoded(made, ids, eod_id):

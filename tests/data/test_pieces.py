@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -115,3 +116,36 @@ def test_only_pipelines_known_to_be_safe_are_cut(tmp_path, name):
 def test_what_may_look_across_a_cut_is_not_cut(tmp_path, change):
   made = opened(tmp_path, trained(PIPELINES['gpt2'][0]), change)
   assert made._cut is None and not made._cuts_runs
+
+
+WHITE = st.lists(st.sampled_from(['a', 'é', ' ', '\n', '\u180e', '\xa0', '\x0b', '\u3000', '.']),
+                 max_size=30).map(''.join)
+
+
+@given(st.one_of(ADVERSARIAL, RUNS, WHITE))
+@settings(deadline=None)
+def test_pieces_that_are_remembered_lie_between_all_cuts(text):
+  cuts = [0, *(m.start() for m in pieces.BEFORE_WHITE.finditer(text)), len(text)]
+  assert pieces._PIECES.findall(text) == [text[a:b] for a, b in pairwise(cuts) if a < b]
+
+
+@given(st.lists(st.one_of(ADVERSARIAL, RUNS, WHITE, st.text("the cat's. ", max_size=150)),
+                max_size=6))
+@settings(deadline=None, max_examples=200)
+def test_what_is_remembered_has_the_ids_of_the_whole(bpe, texts):
+  small = pieces.Remembered(bpe._library, bpe.token_bytes_V, held=2000)
+  for _ in range(2):
+    for found, text in zip(small(texts), texts, strict=True):
+      assert found.dtype == np.int32 and found.tolist() == whole(bpe, text)
+  assert all(len(piece) <= pieces.LONGEST for piece in small._ids)
+
+
+def test_bytes_that_a_vocabulary_lacks_leave_words_apart(tmp_path):
+  """Nothing is known of how many bytes the ids of a text stand for."""
+  alphabet = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set('xy'))
+  engine = hf.Tokenizer(models.BPE({t: i for i, t in enumerate(alphabet)}, []))
+  engine.pre_tokenizer, engine.decoder = PIPELINES['gpt2'][0], hf.decoders.ByteLevel()
+  made = opened(tmp_path, engine)
+  texts = ['ab x cd xy yx e', 'x', ' x', 'x x', 'a x']
+  for found, text in zip(made.encode(texts), texts, strict=True):
+    assert found.tolist() == whole(made, text)
