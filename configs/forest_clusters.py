@@ -8,30 +8,23 @@
 The paper's claim (Figure 1): K experts on K clusters beat one dense LM trained on as many tokens.
 Budgets as there: every branch makes equally many updates, with a batch K times smaller than dense,
 so all K are tokens for tokens dense's second half (recipe of configs/quickstart.py, 600 updates).
+Where K does not divide dense's sequences of an update, configs/forest_domains.py says what is done.
 The paper's seed is OPT; here it is dense's first half, on all clusters in proportion to their size,
 and moments and schedule go on as dense's do. `launch/cbtm.sh` runs it, its controls and dense.
 """
 
 from ml_collections import ConfigDict
 
-from configs.quickstart import get_config as dense
+from configs.forest_domains import base_of, plan_of
 
 
 def get_config(arg='4'):
-  """arg: K[,STEPS]: K clusters, a power of 2 up to 8, as many as the store has; dense's updates
-  (600)."""
+  """arg: K[,STEPS]: K clusters, as many as the store has; updates of dense at its batch (600)."""
   clusters, _, steps = arg.partition(',')
-  K, steps = int(clusters), int(steps or 600)
-  base = dense('dense').to_dict()
-  rows = base['data']['batch_size']
-  if K < 1 or rows % K:
-    raise ValueError(f'{K} clusters do not divide {rows} sequences of an update')
-  base['data'] |= {'domains': tuple(f'cluster{i}' for i in range(K)), 'sampling': 'proportional'}
+  K = int(clusters)
+  if K < 1:
+    raise ValueError(f'{K} clusters: at least 1')
+  base = base_of(tuple(f'cluster{i}' for i in range(K)), int(steps or 600))
+  base['data']['sampling'] = 'proportional'
   base['train']['eval_every'] = 0
-  branch = {'train': {'steps': steps - steps // 2}, 'data': {'batch_size': rows // K},
-            'init': {'optimizer': 'continue'}}
-  return ConfigDict({
-      'base': base,
-      'seed': {'train': {'steps': steps // 2}, 'optimizer': {'schedule_steps': steps}},
-      'experts': tuple({'name': f'cluster{i}', 'domains': (f'cluster{i}',), 'parent': 'seed',
-                        'changes': branch} for i in range(K))})
+  return ConfigDict(plan_of(base, base['train']['steps'] // 2))

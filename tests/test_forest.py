@@ -62,6 +62,32 @@ def grown(stores, tmp_path_factory):
   return F
 
 
+@pytest.mark.parametrize('domains', ['legal,code,verse', 'legal,code,verse,kitchen,mixed'])
+def test_a_plan_of_ones_own_domains(stores, tmp_path, domains):
+  """Three or five do not divide the eight sequences of the recipe's update."""
+  F = tmp_path / 'F'
+  planned = forest('plan', f'--config=configs/forest_domains.py:{domains}', f'--forest={F}',
+                   f'--data={stores.bytes}')
+  assert planned.code == 0 and list(manifest.load(F)['plan']['experts']) == domains.split(',')
+
+
+def test_a_forest_of_ones_own_domains_grows(stores, tmp_path):
+  (tmp_path / 'plan.py').write_text(
+      'from ml_collections import ConfigDict\nfrom demix import settings\n'
+      'from demix.config import Config\nfrom configs.forest_domains import plan_of\n'
+      f'def get_config():\n  base, tiny = settings.to_dict(Config()), {runs.TINY!r}\n'
+      '  for path, value in tiny.items():\n    group, key = path.split(".")\n'
+      '    base[group][key] = value\n'
+      f'  base["data"] |= dict(domains={TRAIN!r}, batch_size=3)\n'
+      '  base["train"] |= dict(steps=2)\n  return ConfigDict(plan_of(base, 1))\n')
+  planned = forest('plan', f'--config={tmp_path / "plan.py"}', f'--forest={tmp_path / "F"}',
+                   f'--data={stores.bytes}')
+  assert planned.code == 0 and 'tokens       192 in all' in planned.out, planned
+  ended = forest('run', f'--forest={tmp_path / "F"}')
+  assert ended.code == 0, ended
+  assert set(manifest.load(tmp_path / 'F')['experts']) == set(TRAIN)
+
+
 @pytest.fixture
 def copy(grown, tmp_path):
   return shutil.copytree(grown, tmp_path / 'F')

@@ -12,7 +12,14 @@ from demix.forest import plan
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from configs import forest_controls, forest_rounds, quickstart  # noqa: E402
+from configs import (  # noqa: E402
+  forest_clusters,
+  forest_controls,
+  forest_domains,
+  forest_quickstart,
+  forest_rounds,
+  quickstart,
+)
 from configs.papers.btm import curriculum, recipe  # noqa: E402
 from configs.papers.btm import forest as eight  # noqa: E402
 
@@ -78,3 +85,47 @@ def test_a_plan_without_an_expert_has_none_of_its_branches():
   assert gone == [] and plan.parents(left, 'sessions') == ('docstrings',)
   left, gone = plan.without(left, 'docstrings')
   assert list(left['experts']) == [] and set(gone) == {'cplusplus', 'sessions'}
+
+
+def equal_parts(found, names, wanted):
+  """The tokens of a plan over `names`: dense's at its own batch, in equal parts, to half an
+  update."""
+  base, length = found['base'], found['base']['data']['sequence_length']
+  rows, steps = base['data']['batch_size'], base['train']['steps']
+  assert list(found['experts']) == list(names) and rows % len(names) == 0
+  assert total(found, ['seed', *names]) == rows * steps * length
+  assert abs(rows * steps * length - wanted) <= rows * length / 2
+  parts = {(plan.tokens_of(found, n), plan.config_of(found, n)['data']['batch_size'])
+           for n in names}
+  assert len(parts) == 1 and parts.pop()[1] * len(names) == rows
+  assert plan.config_of(found, 'seed')['optimizer']['schedule_steps'] == steps
+
+
+@pytest.mark.parametrize('count', [2, 3, 4, 5, 7, 8, 12, 64])
+def test_any_number_of_domains_or_clusters_has_the_tokens_of_dense(count):
+  names = [f'domain{i}' for i in range(count)]
+  equal_parts(planned(forest_domains.get_config(','.join(names))), names, DENSE)
+  clusters = [f'cluster{i}' for i in range(count)]
+  length = quickstart.get_config('dense').data.sequence_length
+  rows = quickstart.get_config('dense').data.batch_size
+  equal_parts(planned(forest_clusters.get_config(f'{count},100')), clusters, 100 * rows * length)
+
+
+def test_a_forest_of_the_quick_starts_domains_is_the_quick_starts():
+  ours, theirs = (planned(c.get_config()) for c in (forest_domains, forest_quickstart))
+  for name in ('seed', *forest_quickstart.TRAIN):
+    assert plan.config_of(ours, name) == plan.config_of(theirs, name)
+
+
+def test_the_dense_run_that_a_plan_names_has_its_tokens():
+  said = forest_domains.summary('0.25,a,b,c')
+  flags = dict(w.split('=', 1) for w in said.split() if w.startswith('--config.'))
+  updates, rows = (int(flags[f'--config.{k}']) for k in ('train.steps', 'data.batch_size'))
+  length = quickstart.get_config('dense').data.sequence_length
+  assert f'together    {updates * rows * length:,} tokens' in said
+
+
+@pytest.mark.parametrize('arg', ['', 'a', 'a,a', '0.5', '1.5,a,b', '0.0,a,b'])
+def test_domains_that_make_no_forest_are_refused(arg):
+  with pytest.raises(ValueError):
+    forest_domains.get_config(arg)
