@@ -79,6 +79,12 @@ class Progress:
       self._last = now
       print(f'{self.label}: {self._text(now, note)}', file=self.stream, flush=True)
 
+  def resize(self, total: float):
+    """The amount of work is another one: less is to be read, say, or it came to an end early."""
+    self.total = total
+    if self._bar:
+      self._bar.update(self._task, total=total or None)
+
   def close(self, note: str = ''):
     """Ends the display; prints one last plain line if `note` is given."""
     if self._bar:

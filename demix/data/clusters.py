@@ -147,10 +147,14 @@ def balanced_kmeans(points_Nd, count: int, config: DiscoverConfig):
       if cost < lowest:
         best, lowest = (centres, labels), cost
       progress.update(attempt + 1)
-    if len(blocks) == 1:
-      return best
-    return lloyd(blocks, best[0], config.iterations,
-                 lambda done: progress.update(config.restarts + done))
+    done = config.restarts
+    def count(blocks):
+      nonlocal done
+      progress.update(done := config.restarts + blocks)
+    if len(blocks) > 1:
+      best = lloyd(blocks, best[0], config.iterations, count)
+    progress.resize(done)  # it comes to rest before the last iteration
+    return best
 
 
 def lloyd(blocks, centres, iterations: int, progress=lambda done: None):

@@ -100,9 +100,12 @@ def documents(source: TokenStore, domain: str, split: str) -> Iterator[np.ndarra
 def sample(source: TokenStore, count: int) -> list[str]:
   """The text of the `count` distinct documents of lowest hash in the train splits that models
   train on, in the order of the hash: whatever the order and the labels of the documents."""
-  heap, seen = [], set()
-  for name in (d for d in source.domains if source.roles[d] == 'train'):
-    for ids in documents(source, name, 'train') if 'train' in source.splits(name) else ():
+  heap, seen, done = [], set(), 0
+  names = [d for d in source.domains if source.roles[d] == 'train' and 'train' in source.splits(d)]
+  total = sum(len(source.tokens(name, 'train')) for name in names)
+  with Progress(total, 'tokens', 'sampling documents') as progress:
+    for ids in (ids for name in names for ids in documents(source, name, 'train')):
+      progress.update(done := done + len(ids) + 1)
       key = xxhash.xxh3_64_intdigest(np.ascontiguousarray(ids))
       if key in seen or (len(heap) == count and key > -heap[0][0]):
         continue

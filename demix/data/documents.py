@@ -58,7 +58,7 @@ def find(folder: Path, domains: tuple = ()) -> list[Path]:
   if not folder.is_dir():
     what = 'a file, not a folder' if folder.exists() else 'no such folder'
     raise BadInput(f'--input={folder}: {what}; expected {LAYOUT}')
-  found = {p.name: p for p in sorted(folder.iterdir())
+  found = {p.name: p for p in _entries(folder)
            if p.is_dir() and p.name[0] != '.' and p.name != '__pycache__'}
   if not found:
     raise BadInput(f'--input={folder}: no domain folders in it; expected {LAYOUT}')
@@ -86,9 +86,8 @@ def source(folder: Path, on_bytes: Callable[[int], None] = lambda n: None) -> So
   Raises:
     BadInput: no train split, an empty file, or one split twice in two compressions.
   """
-  files = sorted(p for p in folder.iterdir() if p.is_file() and p.name[0] != '.')
+  files, matches, texts = _listed(folder)
   stamps = {p: stamp(p) for p in files}
-  matches = {p: m for p in files if (m := _JSONL.fullmatch(p.name))}
   splits, digests, sizes, stems = {}, {}, {}, {}
   for path, match in matches.items():
     stem, split = match[1], match[2]
@@ -99,7 +98,7 @@ def source(folder: Path, on_bytes: Callable[[int], None] = lambda n: None) -> So
     splits.setdefault(split, []).append(path)
     sizes[split] = sizes.get(split, 0) + _size(path)
   if not matches:
-    splits, digests, sizes = _plain(folder, [p for p in files if p.suffix == '.txt'], on_bytes)
+    splits, digests, sizes = _plain(folder, texts, on_bytes)
   if 'train' not in splits:
     names = ', '.join(p.name for p in files[:4]) or 'nothing'
     raise BadInput(f'{folder}: no train split (it holds {names}{" …" if files[4:] else ""}); '
@@ -109,6 +108,26 @@ def source(folder: Path, on_bytes: Callable[[int], None] = lambda n: None) -> So
   stamps = {p: stamps[p] for used in splits.values() for p in used}
   return Source(folder.name, {s: tuple(splits[s]) for s in SPLITS if s in splits}, digests, sizes,
                 stamps, unused)
+
+
+def _entries(folder):
+  try:
+    return sorted(folder.iterdir())
+  except OSError as e:
+    raise BadInput(f'{folder}: cannot be read ({e.strerror})') from None
+
+
+def size(folder: Path) -> int:
+  """Bytes that `source` will report."""
+  _, matches, texts = _listed(folder)
+  return sum(p.stat().st_size for p in matches or texts)
+
+
+def _listed(folder):
+  """(files of a domain's folder, {those of JSON Lines: match}, those of plain text)."""
+  files = [p for p in _entries(folder) if p.is_file() and p.name[0] != '.']
+  matches = {p: m for p in files if (m := _JSONL.fullmatch(p.name))}
+  return files, matches, [p for p in files if p.suffix == '.txt']
 
 
 def _plain(folder, files, on_bytes):

@@ -128,6 +128,8 @@ def leakage(store: TokenStore, most: int = _HELD) -> dict:
     for domain, split in tested:
       held.add(f'{domain}/{split}', of(domain, split))
     held.close()
+    if not any(held.totals.values()):
+      progress.resize(done)
     for domain in train if any(held.totals.values()) else ():
       for name, (share, documents) in held.overlap(of(domain, 'train')).items():
         if share:

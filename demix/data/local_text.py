@@ -167,6 +167,7 @@ def _build(names: list[str], max_bytes: int) -> tuple[dict, dict]:
           # What it has may be a copy of what a later domain has: as if it had never been there.
           again = again or any(report[name]['documents'].values())
           del documents[name], report[name]
+      progress.update(len(names))
   for name, size in lacking.items():
     print(f'warning: local text: domain {name} is left out: {size} bytes of test or validation '
           f'text here, {least} needed ({DOMAINS[name].what})', file=sys.stderr)

@@ -195,7 +195,7 @@ def _sources(domains, made, config, root=''):
     total = sum(map(corpus.size, opened.values()))
     read = lambda name, progress: corpus.read(name, domains[name], opened[name], progress)
   else:
-    total = sum(p.stat().st_size for f in domains.values() for p in f.iterdir() if p.is_file())
+    total = sum(map(documents.size, domains.values()))
     read = lambda name, progress: documents.source(domains[name], progress)
   with _Bytes(total, 'reading') as progress:
     sources = [read(name, progress) for name in domains]
@@ -210,11 +210,11 @@ class _Bytes(Progress):
 
   def __init__(self, total, label):
     super().__init__(total, 'B', label)
-    self._read = 0
+    self.read = 0
 
   def __call__(self, count):
-    self._read += count
-    self.update(self._read)
+    self.read += count
+    self.update(self.read)
 
 
 def _train(sources, config, say):
@@ -287,9 +287,11 @@ def _fill(folder, sources, made, config, say):
       for split, files in source.splits.items():
         name = f'{source.name}/{split}'
         hashes[name] = scratch / f'{len(hashes)}'
-        limit = config.max_bytes if split == 'train' else 0
+        limit, before = config.max_bytes if split == 'train' else 0, progress.read
         entries[split] = _Split(folder / name, hashes[name], made, config.anonymise).write(
             name, files, _reader(config, progress), limit, say)
+        # With max_bytes the rest of a split is not read.
+        progress.resize(progress.total + progress.read - before - source.sizes[split])
       domains[source.name] = {'role': 'novel' if source.name in config.novel else 'train',
                               **{k: v for k in ('group', 'licence') if (v := getattr(source, k))},
                               'splits': entries}

@@ -183,7 +183,7 @@ class _Sums:
     self.group_of = {name: group for group in groups(leaves) for name in group}
     self._made, self._count = {}, 0
     if progress:
-      progress.total = len(leaves)
+      progress.resize(len(leaves))
 
   def take(self, name: str) -> np.ndarray:
     if name not in self._made:

@@ -9,6 +9,7 @@ class PlainText(FilePart):
 
   def records(self, limit, on_bytes):
     if self.path.stat().st_size > limit:
+      on_bytes(self.size)
       yield str(self.path), None
       return
     data = self.path.read_bytes()
