@@ -43,11 +43,15 @@ class Building:
   @staticmethod
   def check_place(out: Path):
     """BadInput unless `out` is absent, an empty folder, or a token store of any version."""
-    if not out.exists():
-      return
-    if not out.is_dir():
-      raise BadInput(f'--out={out}: a file is there: name another folder')
-    if any(out.iterdir()) and not _is_store(out):
+    try:
+      if not out.exists():
+        return
+      if not out.is_dir():
+        raise BadInput(f'--out={out}: a file is there: name another folder')
+      empty = not any(out.iterdir())
+    except OSError as e:
+      raise BadInput(f'--out={out}: cannot be read ({e.strerror}): name another folder') from None
+    if not empty and not _is_store(out):
       raise BadInput(f'--out={out}: not empty and not a token store (no card.json of one): name '
                      'another folder, or empty it')
     if os.path.ismount(out):

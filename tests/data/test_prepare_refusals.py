@@ -52,8 +52,11 @@ def test_a_read_only_folder_is_refused_before_the_corpus_is_read(tmp_path):
   """As a user who may read but not write: root may write anywhere."""
   small(tmp_path / 'in')
   (tmp_path / 'in/law/train.jsonl').write_bytes(b'not JSON')
-  (tmp_path / 'closed').mkdir(mode=0o555)
-  for folder in (tmp_path, *tmp_path.parents):  # pytest's own folders, one more with xdist
+  (tmp_path / 'closed').mkdir()
+  (tmp_path / 'closed').chmod(0o555)  # whatever the umask takes away
+  for file in (tmp_path / 'in').rglob('*'):
+    file.chmod(0o755)
+  for folder in (tmp_path / 'in', tmp_path, *tmp_path.parents):  # pytest's, one more with xdist
     folder.chmod(0o755)
     if folder.name.startswith('pytest-of-'):
       break
@@ -101,3 +104,25 @@ def test_bpe_without_a_train_domain_is_refused(tmp_path, capsys):
   small(tmp_path / 'in')
   err = refused(capsys, *flags(tmp_path, '--config.novel=law,med', tokenizer='bpe'))
   assert 'all domains are novel' in err
+
+
+@pytest.mark.parametrize('closed', ['in', 'in/law', 'in/law/train.jsonl', 'w/out'])
+def test_what_may_not_be_read_is_refused(tmp_path, closed):
+  small(tmp_path / 'in')
+  (tmp_path / 'w/out').mkdir(parents=True)
+  for file in tmp_path.rglob('*'):
+    file.chmod(0o777)
+  for folder in (tmp_path, *tmp_path.parents):
+    folder.chmod(0o755)
+    if folder.name.startswith('pytest-of-'):
+      break
+  (tmp_path / closed).chmod(0o000)
+  code = ('import os, sys\nimport demix.data.prepare, demix.verbs.prepare\n'
+          'from demix.__main__ import main\n'
+          'if os.getuid() == 0:\n  os.setuid(65534)\n'
+          'sys.exit(main(["prepare", "--config.tokenizer=bytes", *sys.argv[1:]]))')
+  run = subprocess.run([sys.executable, '-c', code, f'--input={tmp_path / "in"}',
+                        f'--out={tmp_path / "w/out"}'], capture_output=True, text=True, cwd=ROOT)
+  (tmp_path / closed).chmod(0o755)
+  assert run.returncode == 2 and f'{tmp_path / closed}: ' in run.stderr, run
+  assert 'cannot be read (Permission denied)' in run.stderr

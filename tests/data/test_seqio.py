@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -147,7 +148,8 @@ def test_a_task_that_is_not_there_and_one_that_fails_are_refused_in_a_line(folde
   (folder / 'config.py').write_text(CONFIG)
 
 
-def test_without_seqio_the_error_names_what_to_install(tmp_path, capsys):
+def test_without_seqio_the_error_names_what_to_install(tmp_path, capsys, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'seqio', None)  # it may be installed here
   (tmp_path / 'config.py').write_text(CONFIG.replace("'sentencepiece'", "'bytes'"))
   err = refused(capsys, f'--out={tmp_path / "out"}', f'--config={tmp_path / "config.py"}')
   assert 'source seqio needs seqio, which is not installed: pip install -r requirements-seqio.txt' \
