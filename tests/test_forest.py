@@ -265,10 +265,11 @@ def test_a_removed_expert_is_gone_and_its_descendants_are_named(copy, grown):
 
 
 def test_experts_that_cannot_be_mixed_are_refused_with_every_difference(copy, models):
+  shutil.copytree(models['bpe'], copy / 'experts/other')
   with manifest.edit(copy) as found:
     there = checkpoint.read_meta(models['bpe'] / 'checkpoints', 40)
     found['experts']['other'] = found['experts']['code'] | {
-        'workdir': str(models['bpe']), 'step': 40, 'content_digest': there['content_digest']}
+        'workdir': 'experts/other', 'step': 40, 'content_digest': there['content_digest']}
   with pytest.raises(Exception, match=r'other tokenizer=.*; other model\.vocab_size=300'):
     load(f'forest:{copy}')
 
