@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 # Differences from the design's list: what everything stands on is named (first line), `checkpoint`
 # brings its parts, and `config` stands above the loop, which takes a whole Config.
 LEVELS = (
-    'errors settings digests workdir progress',
-    'names model_config optimizer_config mesh_config sampling_config',
+    'errors names settings digests workdir progress',
+    'model_config optimizer_config mesh_config sampling_config',
     'layers tree loss metrics clock data merge processes',
     'transformer sharding optimizer',
     'params',
@@ -42,7 +42,7 @@ LEVELS = (
 )
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names.split()}
 # Inside a level of single files: these may import each other, in this order.
-ORDER = ('errors', 'settings', 'workdir', 'digests', 'catalogue', 'leaves', 'checkpoint')
+ORDER = ('errors', 'names', 'settings', 'workdir', 'digests', 'catalogue', 'leaves', 'checkpoint')
 HEAVY = {'jax', 'jaxlib', 'flax', 'optax', 'orbax', 'grain', 'numpy', 'ml_collections',
          'tokenizers'}
 FILES = sorted((ROOT / 'demix').rglob('*.py'))

@@ -32,7 +32,9 @@ def text(card: dict) -> str:
   lines.insert(1, '-' * max(map(len, lines)))
   pairs = card['duplicates']
   lines += ['', 'exact duplicates across splits: ' + ('' if pairs else 'none')]
-  lines += [f'  {p["a"]} and {p["b"]}: {p["documents"]:,}' for p in pairs]
+  pairs = sorted(pairs, key=lambda p: -p['documents'])
+  lines += [f'  {p["a"]} and {p["b"]}: {p["documents"]:,}' for p in pairs[:_LINES]]
+  lines += [f'  and {len(pairs) - _LINES} pairs more'] if pairs[_LINES:] else []
   for part in (_leakage, _vocabulary, _anonymised):
     lines += part(card)
   return '\n'.join(line.rstrip() for line in lines)

@@ -274,7 +274,7 @@ def _anonymised(read, kinds, counts):
 def _fill(folder, sources, made, config, say):
   """Writes tokens, documents and the tokenizer into `folder`; returns what the card says of it."""
   made.save(folder / 'tokenizer')
-  domains, hashes = {}, {}
+  domains, hashes, lacking = {}, {}, {}
   scratch = scratch_of(folder)
   with _Bytes(sum(sum(s.sizes.values()) for s in sources), 'tokenizing') as progress:
     for source in sources:
@@ -291,10 +291,12 @@ def _fill(folder, sources, made, config, say):
                               **{k: v for k in ('group', 'licence') if (v := getattr(source, k))},
                               'splits': entries}
       if missing := [s for s in documents.SPLITS if s not in entries]:
-        say(f'warning: {source.name} has no {" and no ".join(missing)} split')
+        lacking.setdefault(' and no '.join(missing), []).append(source.name)
       if source.unused:
         say(f'warning: {source.name}: not used: {", ".join(source.unused[:6])}'
             f'{" …" if source.unused[6:] else ""}')
+  for splits, names in lacking.items():
+    say(f'warning: {", ".join(names)} {"have" if names[1:] else "has"} no {splits} split')
   shared = duplicates.shared(hashes)
   shutil.rmtree(scratch)
   return {'version': store.VERSION, 'tokenizer': made.meta(), 'domains': domains,

@@ -334,3 +334,14 @@ def test_a_card_names_no_path_of_the_machine(tmp_path):
   prepare(tmp_path / 'in', tmp_path / 'out', PrepareConfig(
       tokenizer='json', tokenizer_path=str(tmp_path / 'first/tokenizer/tokenizer.json')), QUIET)
   assert str(tmp_path) not in (tmp_path / 'out/card.json').read_text()
+
+
+def test_a_note_is_said_once_for_all_domains_and_pairs(tmp_path):
+  write(tmp_path / 'in', {f'd{i}': {'train': [document(i), 'the same']} for i in range(7)})
+  said = []
+  prepare(tmp_path / 'in', tmp_path / 's', PrepareConfig(tokenizer='bytes'), said.append)
+  lines = '\n'.join(said).splitlines()
+  assert 'warning: d0, d1, d2, d3, d4, d5, d6 have no valid and no test split' in lines
+  assert sum('no valid' in line for line in lines) == 1
+  pairs = [line for line in lines if ' and d' in line and 'train: 1' in line]
+  assert len(pairs) == 12 and '  and 9 pairs more' in lines
