@@ -15,6 +15,7 @@ from demix.data.store import TokenStore
 from demix.errors import BadInput
 from demix.mesh_config import MeshConfig
 from demix.model_config import ExecutionConfig, ModelConfig
+from demix.names import NEAREST
 from demix.optimizer_config import OptimizerConfig
 from demix.settings import option
 
@@ -49,7 +50,6 @@ class TrainConfig:
 
 # What may be trained: the leaves whose running name contains this. Norms are not part of an FFN.
 TRAINABLE = {'all': '', 'ffn': '/ffn/'}
-NEAREST = 'nearest'
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,12 +13,13 @@ import os
 import sys
 
 from demix import checkpoint, horizon, reference, settings
-from demix.config import NEAREST, Config, InitConfig, domains_of
+from demix.config import Config, InitConfig, domains_of
 from demix.data.store import TokenStore
 from demix.errors import BadInput, DemixError
 from demix.eval.given import find_nearest
 from demix.eval.sequences import Protocol
 from demix.forest import lineage
+from demix.names import NEAREST
 from demix.params import expert_slice, upcycled
 from demix.settings import nearest
 from demix.state import saved_part

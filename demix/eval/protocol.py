@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import io
 
 import numpy as np
 
@@ -36,6 +35,7 @@ class Request:
     ways: columns for DEMix LMs and forests; None for the given expert alone.
     prior: file of stored priors, FILE or FILE:DOMAIN, used instead of estimating; ''.
     dump: a file for the arrays of the one mixed model and the first way that mixes; ''.
+    verify_data: compare the text that is read with the digests of the store's card first.
   """
   data: str = ''
   domains: tuple = ()
@@ -48,6 +48,7 @@ class Request:
   ways: Ways | None = None
   prior: str = ''
   dump: str = ''
+  verify_data: bool = True
 
 
 def evaluate(models: dict, request: Request, estimated=None) -> dict:
@@ -79,6 +80,8 @@ def evaluate(models: dict, request: Request, estimated=None) -> dict:
                    f'{nearest(request.split, ("train", "valid", "test"))}')
   for name, one in loaded.items():
     check_tokenizer(name, one, store)
+  if request.verify_data:
+    store.verify(domains, (request.split, 'valid'))
   mixed = [n for n, one in loaded.items() if isinstance(one, reference.LoadedForest)
            or (request.ways and one.model.config.ffn == 'demix')]
   _check_effect(request, loaded, mixed, domains)
@@ -252,10 +255,8 @@ def mixed_rows(name, loaded, store, domains, protocol: Protocol, request: Reques
 
 def write_dump(path, arrays: dict):
   """Writes the arrays of a Dump, whole or not at all. BadInput: it cannot be written there."""
-  buffer = io.BytesIO()
-  np.savez(buffer, **arrays)
   try:
-    write_atomic(path, buffer.getvalue())
+    write_atomic(path, lambda f: np.savez(f, **arrays))
   except OSError as e:
     raise BadInput(f'{path}: cannot be written ({e.strerror}); name another file') from None
 

@@ -1,7 +1,5 @@
 """evaluate: perplexity and bits per byte per domain, for one or more models, in one table."""
 
-from pathlib import Path
-
 from demix.errors import BadInput
 from demix.settings import nearest as suggest
 from demix.verbs.flags import Verb
@@ -40,13 +38,15 @@ def run(argv: list[str]) -> int:
   verb.string('options', '', 'instead of perplexity, accuracy on this file of multiple choice: '
               '{"prompt", "options", "answer"} a line; --mix: average, uniform, cached, a file')
   verb.string('out', '', 'also write results.json here, with all that the tables leave out')
+  verb.boolean('verify_data', "compare the text with the digests in its store's card first",
+               default=True)
   verb.string('tables', 'perplexity', 'what is printed: perplexity, bits_per_byte, priors, ledger, '
               'or all')
   given, mix = verb.parse(argv)
   if not given.model:
     raise BadInput('--model is missing: name one or more, for example --model=dense=W')
 
-  from demix import reference
+  from demix import reference, workdir
   models = {}
   for text in given.model:
     name, ref = reference.named(text)
@@ -56,9 +56,8 @@ def run(argv: list[str]) -> int:
     reference.parse(ref)
     models[name] = ref
   for flag in ('out', 'dump', 'save_priors'):
-    file = Path(getattr(given, flag)) if getattr(given, flag) else None
-    if file and (file.is_dir() or not file.absolute().parent.is_dir()):
-      raise BadInput(f'--{flag}={file}: not a file in a folder that exists; make the folder first')
+    if getattr(given, flag):
+      workdir.check_writable(getattr(given, flag), f'--{flag}')
   mixes = words(given.mix_words)
   if mix != MixConfig() and not mixes:
     raise BadInput('--mix.KEY=VALUE without --mix: say which ways of mixing, --mix=all')
@@ -85,7 +84,8 @@ def run(argv: list[str]) -> int:
   content = protocol.evaluate(models, protocol.Request(
       data=given.data, domains=tuple(dict.fromkeys(words(given.domains))), split=given.split,
       batch_size=given.batch_size, packing=given.packing, stride=given.stride, limit=given.limit,
-      force=given.force, ways=ways, prior=given.prior, dump=given.dump), estimated)
+      force=given.force, ways=ways, prior=given.prior, dump=given.dump,
+      verify_data=given.verify_data), estimated)
   print(protocol.report(content, tables))
   if given.save_priors:
     prior.save(given.save_priors, estimated)

@@ -328,3 +328,16 @@ def test_best_is_by_the_domains_own_text_whoevers_prior_is_used(models, packed, 
     (['--packing=documents'], "did you mean 'document'")])
 def test_what_would_change_nothing_is_refused(models, flags, said):
   assert said in runs.demix('evaluate', f'--model={models["demix"]}', *flags).error(2)
+
+
+def test_text_that_changed_is_not_scored(stores, models, tmp_path):
+  """Of the same size, one byte another: named before anything is scored."""
+  import shutil
+  copy = shutil.copytree(stores.bytes, tmp_path / 'store')
+  file = copy / 'code/test/tokens.bin'
+  data = bytearray(file.read_bytes())
+  data[10] ^= 1
+  file.write_bytes(bytes(data))
+  flags = [f'--model={models["demix"]}', f'--data={copy}', '--domains=legal,code']
+  assert 'code/test/tokens.bin: digest' in runs.demix('evaluate', *flags).error(2)
+  assert runs.demix('evaluate', *flags, '--verify_data=false').code == 0
