@@ -80,5 +80,10 @@ def _run(argv):
     return 1
 
 
-if __name__ == '__main__':
+def run():
+  """The console script `demix`."""
   sys.exit(main(sys.argv[1:]))
+
+
+if __name__ == '__main__':
+  run()

@@ -20,6 +20,10 @@ class SamplingConfig:
   def check(self):
     """Raises BadInput for values that cannot be."""
     check_values(self)
+    idle = [n for n in ('top_k', 'top_p', 'seed') if getattr(self, n) != getattr(type(self), n)]
+    if self.temperature == 0 and idle:
+      raise BadInput(f'{idle[0]}={getattr(self, idle[0])} has no effect with temperature=0, greedy: '
+                     'leave it out, or set a temperature')
     for text in self.stop:
       if not isinstance(text, str) or not text:
         raise BadInput(f'stop={text!r}: every text contains it: give a string of one character or '

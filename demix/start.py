@@ -110,8 +110,10 @@ class Start:
   def _load(self):
     if self._loaded is None:
       record = self.record
-      text = reference.Reference(reference.parse(record['model']).workdir, record['step'])
       try:
+        ref = reference.parse(record['model'])
+        ref = reference.locate(ref)[0] if ref.forest else ref
+        text = reference.Reference(ref.workdir, record['step'])
         loaded = reference.load(text)
       except DemixError as e:
         raise type(e)(f'init.model, of which this run has no checkpoint of its own yet: {e}') from e
@@ -148,7 +150,9 @@ def find(config: Config, store: TokenStore, saved: dict | None, workdir) -> Star
   if saved is not None and not known:
     raise BadInput(f'{workdir} belongs to another experiment: it started from fresh parameters, '
                    f'not from init.model={init.model}; use another workdir')
-  text = reference.parse(init.model).expert
+  named = reference.parse(init.model)
+  # forest:F#law is a whole LM, forest:F#all/law an expert of a DEMix LM.
+  text = (named.expert or '').partition('/')[2] if named.forest else named.expert
   if text and init.expert not in ('', text):
     raise BadInput(f'init.model={init.model} names expert {text!r}, init.expert={init.expert!r}: '
                    'leave one of them out')

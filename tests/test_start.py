@@ -129,6 +129,20 @@ def test_every_kind_of_model_is_adapted(models, stores, tmp_path, kind, trainabl
   assert checkpoint.read_meta(tmp_path / 'A/checkpoints', 2)['init']['expert'] == expert
 
 
+def test_a_run_starts_from_an_expert_of_a_forest(models, stores, tmp_path):
+  """A whole LM by its name, an expert of a DEMix LM as LM/EXPERT: as from their own workdirs."""
+  for name in ('dense', 'demix'):
+    ended = runs.demix('forest', 'add', f'--forest={tmp_path / "F"}', f'--expert={name}',
+                       f'--from={models[name]}', '--parent=none')
+    assert ended.code == 0, ended
+  for here, there in (('dense', models['dense']), ('demix/legal', f'{models["demix"]}#legal')):
+    name = here.replace('/', '-')
+    assert adapt(stores.bytes, tmp_path / name, f'forest:{tmp_path / "F"}#{here}',
+                 train__steps=2).code == 0
+    assert adapt(stores.bytes, tmp_path / f'{name}-own', there, train__steps=2).code == 0
+    assert runs.digests(tmp_path / name) == runs.digests(tmp_path / f'{name}-own')
+
+
 # ---- the nearest expert -----------------------------------------------------------------------
 
 

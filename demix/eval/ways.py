@@ -4,7 +4,7 @@ import dataclasses
 
 from demix import settings
 from demix.errors import BadInput
-from demix.mix.mixture import MixConfig
+from demix.mix.mix_config import MixConfig
 from demix.settings import nearest
 
 NAMES = ('given', 'best', 'average', 'uniform', 'updating', 'cached')

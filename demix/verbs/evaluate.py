@@ -64,13 +64,13 @@ def run(argv: list[str]) -> int:
   for flag in ('dump', 'prior', 'save_priors', 'posterior'):
     if getattr(given, flag) and not mixes:
       raise BadInput(f'--{flag} needs --mix: without it the experts are not mixed')
+  ways = _ways(given, mixes, mix)
   from demix.eval import protocol, results
   from demix.mix import prior
   tables = protocol.TABLES if given.tables == 'all' else words(given.tables)
   for name in tables:
     if name not in protocol.TABLES:
       raise BadInput(f'--tables={name}: no such table{suggest(name, (*protocol.TABLES, "all"))}')
-  ways = _ways(given, mixes, mix)
   if given.options:
     return choose(models, given, ways.modes if ways else ())
   cached = ways and any(m.config.prior == 'cached' for m in ways.modes)
