@@ -22,7 +22,7 @@ class SamplingConfig:
     check_values(self)
     idle = [n for n in ('top_k', 'top_p', 'seed') if getattr(self, n) != getattr(type(self), n)]
     if self.temperature == 0 and idle:
-      raise BadInput(f'{idle[0]}={getattr(self, idle[0])} has no effect with temperature=0, greedy: '
+      raise BadInput(f'{idle[0]}={getattr(self, idle[0])} has no effect with temperature=0: '
                      'leave it out, or set a temperature')
     for text in self.stop:
       if not isinstance(text, str) or not text:
