@@ -93,9 +93,13 @@ class Config:
 
   def check(self):
     """Raises BadInput for what a user gave and cannot be, as far as it shows without the data."""
-    settings.check(self)
-    for group in (self.model, self.optimizer, self.init, self.train, self.execution, self.mesh):
-      group.check()
+    settings.check_values(self)
+    for name in ('data', 'model', 'optimizer', 'init', 'train', 'execution', 'mesh'):
+      group = getattr(self, name)
+      if name != 'model' or not self.init.model:  # else the model of init.model decides
+        settings.check_needs(group, f'{name}.')
+      if name != 'data':  # which must have its domains first
+        group.check()
 
 
 def config_dict(config: Config) -> ConfigDict:

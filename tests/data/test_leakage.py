@@ -104,7 +104,9 @@ def test_tables_mark_a_domain_whose_text_was_trained_on(planted):
   assert made['leakage'] == found
   lines = results.table(made).splitlines()
   assert lines[2].split() == ['law*', '2.000'] and lines[3].split() == ['med', '2.000']
-  assert lines[-1].startswith('* law: ') and re.search(r': 1\.\d% in med$', lines[-1])
+  made['rows'] = [r | {'tokens': 9, 'n': 1} for r in made['rows']]
+  [said] = results.remarks(made).splitlines()
+  assert said.startswith('* law: ') and re.search(r': 1\.\d% in med$', said)
   assert 'leakage' not in results.results(runs, [], seed=0, heldout=[])
 
 

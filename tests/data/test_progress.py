@@ -78,16 +78,18 @@ def test_discovering_comes_to_the_total(tmp_path, shown):
 
 @pytest.mark.parametrize('kind', ['parquet', 'heldout', 'two'])
 def test_sources_of_a_config_come_to_the_total(tmp_path, shown, kind):
+  folder = tmp_path / 'in'
+  folder.mkdir()
   if kind == 'parquet':
     import pyarrow
     from pyarrow import parquet
-    parquet.write_table(pyarrow.table({'text': TEXTS}), tmp_path / 'train.parquet')
+    parquet.write_table(pyarrow.table({'text': TEXTS}), folder / 'train.parquet')
     entries = ({'name': 'a', 'source': 'parquet', 'path': 'train.parquet'},)
   else:
-    (tmp_path / 'train.jsonl').write_bytes(jsonl(TEXTS))
+    (folder / 'train.jsonl').write_bytes(jsonl(TEXTS))
     entries = ({'name': 'a', 'path': 'train.jsonl', 'heldout': 0.1 * (kind == 'heldout')},) * (
         1 + (kind == 'two'))
   for most in (0, 500):
-    prepare(tmp_path, tmp_path.parent / f'{kind}{most}', PrepareConfig(
+    prepare(folder, tmp_path / f'{kind}{most}', PrepareConfig(
         tokenizer='bytes', corpus=entries, max_bytes=most), QUIET)
     check(shown, 'reading', 'tokenizing')

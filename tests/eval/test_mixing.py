@@ -219,7 +219,7 @@ def test_stored_priors_are_used_and_refused_for_other_experts(done, models, tmp_
     (['--mix=uniform', '--mix.members=cod'], "did you mean 'code'"),
     (['--mix=configs/mix.py:cached', '--mix.prior=fixed', '--mix.weights.code=0.5'], 'sums to 0.5'),
     (['--dump=d.npz'], '--dump needs --mix'), (['--save_priors=p'], 'needs --mix'),
-    (['--mix', '--dump=/no/such/d.npz'], 'make the folder first'),
+    (['--mix', '--dump=/no/such/d.npz'], 'make it first'),
     (['--mix', '--prior=/no/such.json'], 'cannot be read')])
 def test_what_cannot_be_mixed_is_one_line(models, flags, said):
   assert said in runs.demix('evaluate', f'--model={models["demix"]}', *flags).error(2)
