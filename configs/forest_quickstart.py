@@ -11,23 +11,28 @@ dense's second half, each with a quarter of the sequences; moments and schedule 
 
 from ml_collections import ConfigDict
 
-from configs.quickstart import get_config as dense
+from configs.quickstart import get_config as recipe
 from configs.quickstart_corpus import TRAIN
 
 
-def get_config(arg='0.5'):
-  """SHARE[,SEED]: share of the updates that train the seed; of parameters and shuffles (0)."""
-  share, _, random = arg.partition(',')
-  base = dense('dense').to_dict() | {'seed': int(random or 0)}
+def plan(base: dict, share: float = 0.5) -> dict:
+  """A seed and a branch for each domain, together the tokens of `base`, a whole Config, nested."""
   steps = base['train']['steps']
-  seed = round(steps * float(share))
+  seed = round(steps * share)
   if not 0 < seed < steps:
     raise ValueError(f'share {share}: between 0 and 1')
   rows = base['data']['batch_size'] // len(TRAIN)
   branch = {'train': {'steps': steps - seed}, 'data': {'batch_size': rows},
             'init': {'optimizer': 'continue'}}
-  return ConfigDict({
+  return {
       'base': base,
       'seed': {'train': {'steps': seed}, 'optimizer': {'schedule_steps': steps}},
       'experts': tuple({'name': name, 'domains': (name,), 'parent': 'seed', 'changes': branch}
-                       for name in TRAIN)})
+                       for name in TRAIN)}
+
+
+def get_config(arg='0.5'):
+  """SHARE[,SEED]: share of the updates that train the seed; of parameters and shuffles (0)."""
+  share, _, random = arg.partition(',')
+  base = recipe('forest').to_dict() | {'seed': int(random or 0)}
+  return ConfigDict(plan(base, float(share)))
