@@ -9,7 +9,7 @@ from demix.transformer import ExecutionConfig, ModelConfig
 LENGTH = 128         # tokens of a sequence
 SEQUENCES = 51_200   # of an arm: 6.55M tokens
 # arm: sequences an update, peak rate; each the best of the same grid (docs/quickstart.md).
-RECIPES = {'dense': (64, 1.6e-2), 'demix': (64, 1.6e-2), 'forest': (64, 1.6e-2)}
+RECIPES = {'dense': (32, 6.4e-2), 'demix': (32, 3.2e-2), 'forest': (32, 3.2e-2)}
 
 
 def recipe(arm, rows, rate):

@@ -55,7 +55,7 @@ for model in dense demix forest average; do
 done
 python -m demix evaluate "${models[@]}" --data="$workdir/corpus" \
   --domains="$(python -c 'from configs.quickstart_corpus import DOMAINS; print(",".join(DOMAINS))')" \
-  --limit=128 --mix=given,average,uniform,updating,cached --mix.blocks=100 \
+  --mix=given,average,uniform,updating,cached --mix.blocks=100 \
   --save_priors="$workdir/priors.json" \
   --out="$workdir/results.json" > "$workdir/tables.txt"
 prompt=$'>>> import numpy as np\n>>> x = '

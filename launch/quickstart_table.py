@@ -10,6 +10,8 @@ import math
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from a checkout, without installing
+
 from demix.eval.results import layout
 
 COLUMNS = (('dense', 'dense', None, None), ('DEMix given', 'demix', None, None),

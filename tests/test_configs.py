@@ -195,8 +195,8 @@ def test_the_quick_start_arms_have_the_same_tokens_and_fit_their_corpus():
 
 
 def test_adapting_is_the_base_run_at_a_tenth_of_its_rate():
-  base = settings.flatten(completed('quickstart.py', 'demix').optimizer)
   for arm in ('demix', 'dense', 'dense_ffn'):
+    base = settings.flatten(completed('quickstart.py', arm.partition('_')[0]).optimizer)
     config = completed('adapt.py', arm)
     own = settings.flatten(config.optimizer)
     assert own['learning_rate'] == pytest.approx(base['learning_rate'] / 10)
