@@ -7,7 +7,7 @@
 
 The paper's claim (Figure 1): K experts on K clusters beat one dense LM trained on as many tokens.
 Budgets as there: every branch makes equally many updates, with a batch K times smaller than dense,
-so all K are tokens for tokens dense's second half (recipe and updates of configs/quickstart.py).
+so all K are tokens for tokens dense's second half (recipe of configs/quickstart.py, 600 updates).
 The paper's seed is OPT; here it is dense's first half, on all clusters in proportion to their size,
 and moments and schedule go on as dense's do. `launch/cbtm.sh` runs it, its controls and dense.
 """
@@ -18,11 +18,11 @@ from configs.quickstart import get_config as dense
 
 
 def get_config(arg='4'):
-  """arg: K[,STEPS]: K clusters, as many as the store has, that divide dense's sequences of an
-  update; dense's updates (those of configs/quickstart.py)."""
+  """arg: K[,STEPS]: K clusters, a power of 2 up to 8, as many as the store has; dense's updates
+  (600)."""
   clusters, _, steps = arg.partition(',')
+  K, steps = int(clusters), int(steps or 600)
   base = dense('dense').to_dict()
-  K, steps = int(clusters), int(steps or base['train']['steps'])
   rows = base['data']['batch_size']
   if K < 1 or rows % K:
     raise ValueError(f'{K} clusters do not divide {rows} sequences of an update')

@@ -6,7 +6,9 @@
 
 Tokens: half for the seed, an eighth for each of four branches, together exactly those of the dense
 run of configs/quickstart.py. As in the papers a branch makes as many updates as it would have been
-dense's second half, each with a quarter of the sequences; moments and schedule go on.
+dense's second half, each with a quarter of the sequences; moments and schedule go on. Claim (BTM
+§4): below dense at equal tokens; here at 0.751, 0.762, 0.752 of its test perplexity with the expert
+given (seeds 0, 1, 2; docs/quickstart.md). Time: 60 s of CPU time.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,13 @@
-"""The quick start: dense and DEMix."""
+"""The quick start: dense, DEMix and a forest of 0.06M active parameters, 6.55M tokens each.
+
+  launch/quickstart.sh
+
+Claim (DEMix §4, BTM §4): at equal training tokens experts beat a dense LM, the forest by more than
+the DEMix LM. 105 tokens per active parameter (the papers: 80 to 1,250), four domains that differ;
+batch and rate of each arm, dense's too, are the best of one grid on valid text. Test perplexity
+over dense's, experts given, geometric mean of the four domains, seeds 0, 1, 2: DEMix 0.866, 0.868,
+0.875, the forest 0.751, 0.762, 0.752 (docs/quickstart.md). Time: 60 s of CPU time an arm.
+"""
 
 from configs.quickstart_corpus import TRAIN
 from demix.config import Config, TrainConfig, config_dict

@@ -4,7 +4,7 @@
 #   launch/lifecycle.sh [--workdir DIR]      DIR: that of launch/quickstart.sh, run before
 #
 # Adapts to the held-out domain (DEMix-DAPT; dense, all parameters and FFN only) and removes each
-# expert, beside a DEMix LM that never saw one of the domains. Ends with two tables, about ten
+# expert, beside a DEMix LM that never saw one of the domains. Ends with two tables, about three
 # minutes on 2 cores; again with the same DIR it goes on where it was.
 set -euo pipefail
 here="$PWD"

@@ -58,10 +58,10 @@ python -m demix evaluate "${models[@]}" --data="$workdir/corpus" \
   --mix=given,average,uniform,updating,cached --mix.blocks=100 \
   --save_priors="$workdir/priors.json" \
   --out="$workdir/results.json" > "$workdir/tables.txt"
-prompt=$'>>> import numpy as np\n>>> x = '
 { python launch/quickstart_table.py "$workdir"
-  echo; echo "A text by the DEMix LM's experts, from the first two lines on:"; echo "$prompt"
-  python -m demix generate --model="$workdir/demix" --prompt="$prompt" --max_tokens=80 --seed=1 2>&1
+  echo; echo "A text by the DEMix LM's experts (--prompt='>>> x = np.array('):"
+  python -m demix generate --model="$workdir/demix" --prompt='>>> x = np.array(' --max_tokens=80 \
+    --top_p=0.9 --seed=1 2>&1
 } > "$workdir/table.tmp"
 mv "$workdir/table.tmp" "$workdir/table.txt"
 cat "$workdir/table.txt"
