@@ -1,7 +1,7 @@
 """Domains × experts as a picture: what each expert makes of each domain's text.
 
-  python -m demix evaluate --model=dense=W/dense $(for e in A B; do echo --model=$e=W/demix#$e; done) \\
-    --data=W/corpus --out=W/matrix.json
+  python -m demix evaluate --model=dense=W/dense --data=W/corpus --out=W/matrix.json \\
+    $(for e in A B; do echo --model=$e=W/demix#$e; done)
   python benchmarks/matrix.py W/matrix.json W/matrix.png
 
 A cell is the perplexity over that of the first model of the file (the dense LM) on the same domain:
@@ -15,7 +15,7 @@ import matplotlib
 import numpy as np
 
 matplotlib.use('Agg')
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 
 def ratios(content: dict):

@@ -13,6 +13,7 @@ weight decay, 8 % warm-up, linear decay, tokens per update, fresh moments. The p
 (FFNs only), 750 / 750 / 300 / 1000 for dense with all parameters, whose updates cost more.
 """
 
+from configs.quickstart import LENGTH, RECIPES
 from demix.config import Config, InitConfig, TrainConfig, config_dict
 from demix.data.data_config import DataConfig
 from demix.model_config import ExecutionConfig
@@ -30,9 +31,10 @@ def get_config(arm='demix'):
   """arm: demix, dense or dense_ffn."""
   if arm not in ARMS:
     raise ValueError(f'{arm!r}: an arm of {", ".join(ARMS)}')
+  rows, rate = RECIPES['demix' if arm == 'demix' else 'dense']
   return config_dict(Config(
-      data=DataConfig(batch_size=8, sequence_length=128),  # 1024 tokens an update
-      optimizer=OptimizerConfig(learning_rate=6e-4, clip=1.0),
+      data=DataConfig(batch_size=rows, sequence_length=LENGTH),
+      optimizer=OptimizerConfig(learning_rate=rate / 10, clip=1.0),
       init=InitConfig(model=MISSING, **ARMS[arm]),
       train=TrainConfig(steps=150, log_every=10, eval_every=50, checkpoint_every=50),
       execution=ExecutionConfig(scan=False)))

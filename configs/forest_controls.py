@@ -8,9 +8,9 @@ start's folder; each arm has exactly the training tokens of configs/quickstart.p
   no seed               python -m demix forest plan --config=configs/forest_controls.py:no_seed \
                           --forest=F --data=W/corpus && python -m demix forest run --forest=F
   three seed shares     the same with :seed_shares; one share: python -m demix evaluate \
-                          --model=forest:F --mix=cached --mix.members=code-17,cplusplus-17,…
+                          --model=forest:F --mix=cached --mix.members=cplusplus-17,science-17,…
   averages of unrelated inits   python -m demix merge --model=forest:F --weights=posterior \
-                          --domain=code --unrelated --workdir=A     (F: that of no_seed)
+                          --domain=stubs --unrelated --workdir=A     (F: that of no_seed)
 
 seed_shares: three forests that share one seed, branched at a sixth, half and five sixths of the
 budget, to a step or two; the tokens of the seed up to the branch and of the four branches are those

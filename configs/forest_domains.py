@@ -4,8 +4,8 @@
   python -m demix forest run --forest=F
   python -m demix evaluate --model=forest:F --mix
 
-S is a token store that has the domains; any number of them. The recipe is the dense one of
-configs/quickstart.py, and so are the tokens, half for the seed (or SHARE) and the rest in equal
+S is a token store that has the domains; any number of them. The recipe is the forest's of
+configs/quickstart.py, the tokens are dense's, half for the seed (or SHARE) and the rest in equal
 parts for the branches. As in the papers a branch makes as many updates as it would have been
 dense's second half, each with an equal part of dense's sequences. Where the number of domains does
 not divide these, an update has the next multiple of sequences, and there are as many fewer updates:
@@ -17,7 +17,7 @@ import sys
 
 from ml_collections import ConfigDict
 
-from configs.quickstart import get_config as dense
+from configs.quickstart import get_config as recipe
 from configs.quickstart_corpus import TRAIN
 
 ALL = ','.join(TRAIN)
@@ -29,7 +29,7 @@ def base_of(domains: tuple, steps: int = 0) -> dict:
   Args:
     steps: its updates at the batch of configs/quickstart.py; 0: those it has there.
   """
-  base = dense('dense').to_dict()
+  base = recipe('forest').to_dict()
   rows, steps = base['data']['batch_size'], steps or base['train']['steps']
   whole = -(-rows // len(domains)) * len(domains)
   base['data'] |= {'domains': domains, 'batch_size': whole}

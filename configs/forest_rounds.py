@@ -7,17 +7,17 @@ the first round's experts, weighted by the posterior of the new domain's valid t
   python -m demix forest run --forest=F
   python -m demix evaluate --model=forest:F --mix=given,cached
 
-W: the quick start's folder. Round 1: a seed on code and docstrings, a branch for each, as in
-configs/forest_quickstart.py. Round 2: cplusplus and sessions, which the seed never saw. The first
+W: the quick start's folder. Round 1: a seed on sessions and stubs, a branch for each, as in
+configs/forest_quickstart.py. Round 2: cplusplus and science, which the seed never saw. The first
 round's schedule has ended, so the second round starts a new one, at half of the peak (not tuned).
 The table is over old and new domains; the domain that no expert has is held out.
 """
 
 from ml_collections import ConfigDict
 
-from configs.quickstart import get_config as dense
+from configs.quickstart import get_config as recipe
 
-FIRST, SECOND = ('code', 'docstrings'), ('cplusplus', 'sessions')
+FIRST, SECOND = ('sessions', 'stubs'), ('cplusplus', 'science')
 
 
 def rounds(base: dict, first, second) -> dict:
@@ -43,4 +43,4 @@ def get_config(round='2'):
   """round: 1 or 2; the second has the first in it."""
   if round not in ('1', '2'):
     raise ValueError(f'{round!r}: 1 or 2')
-  return ConfigDict(rounds(dense('dense').to_dict(), FIRST, SECOND if round == '2' else ()))
+  return ConfigDict(rounds(recipe('forest').to_dict(), FIRST, SECOND if round == '2' else ()))

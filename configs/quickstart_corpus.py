@@ -6,7 +6,7 @@
 from demix.data.prepare import PrepareConfig
 from demix.settings import to_dict
 
-TRAIN = ('code', 'cplusplus', 'docstrings', 'sessions')
+TRAIN = ('cplusplus', 'science', 'sessions', 'stubs')
 NOVEL = ('cython',)
 DOMAINS = TRAIN + NOVEL
 
@@ -14,4 +14,4 @@ DOMAINS = TRAIN + NOVEL
 def get_config(arg=''):
   """No argument."""
   from ml_collections import ConfigDict
-  return ConfigDict(to_dict(PrepareConfig(domains=DOMAINS, vocab_size=2048)))
+  return ConfigDict(to_dict(PrepareConfig(domains=DOMAINS, vocab_size=1024)))

@@ -2,7 +2,7 @@
 # c-BTM from end to end (Gururangan et al. 2023): domains that nobody labelled, found by clustering,
 # an expert for each, mixed by the distance of the text so far; beside dense and two controls.
 #
-#   launch/cbtm.sh [--workdir DIR] [--corpus DIR] [--clusters 2,4,8] [--steps 600] [--windows 100]
+#   launch/cbtm.sh [--workdir DIR] [--corpus DIR] [--clusters 2,4,8] [--steps N] [--windows 100]
 #
 # Text: what lies on this machine, or 3 MB each of DIR/<domain>/{train,valid,test}.jsonl (--domains
 # a,b: of these only); the labels are hidden and only say how well the clusters agree with them.
@@ -13,7 +13,7 @@ here="$PWD"
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$root"
 
-workdir="$root/runs/cbtm" corpus=local_text clusters=2,4,8 steps=600 windows=100 domains=
+workdir="$root/runs/cbtm" corpus=local_text clusters=2,4,8 steps= windows=100 domains=
 while [ $# -gt 0 ]; do
   case "$1" in
     --workdir=*|--corpus=*|--clusters=*|--steps=*|--windows=*|--domains=*)
@@ -29,12 +29,13 @@ case "$workdir" in /*) ;; *) workdir="$here/$workdir" ;; esac
 case "$corpus" in local_text|/*) ;; *) corpus="$here/$corpus" ;; esac
 most="${clusters##*,}"
 install_requirements requirements.txt
+: "${steps:=$(python -c 'from configs.quickstart import get_config; print(get_config().train.steps)')}"
 started=$SECONDS
 mkdir -p "$workdir"
 
 echo "1/4 prepare: tokens, and the same documents in clusters"
 prepare=(--config=configs/quickstart_corpus.py)
-[ "$corpus" = local_text ] || prepare=(--config.vocab_size=2048 --config.max_bytes=3000000 \
+[ "$corpus" = local_text ] || prepare=(--config.vocab_size=1024 --config.max_bytes=3000000 \
   ${domains:+"--config.domains=$domains"})
 python -m demix prepare --input="$corpus" --out="$workdir/corpus" "${prepare[@]}" \
   > "$workdir/corpus.txt"

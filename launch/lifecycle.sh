@@ -4,7 +4,7 @@
 #   launch/lifecycle.sh [--workdir DIR]      DIR: that of launch/quickstart.sh, run before
 #
 # Adapts to the held-out domain (DEMix-DAPT; dense, all parameters and FFN only) and removes each
-# expert, beside a DEMix LM that never saw one of the domains. Ends with two tables, about ten
+# expert, beside a DEMix LM that never saw one of the domains. Ends with two tables, about three
 # minutes on 2 cores; again with the same DIR it goes on where it was.
 set -euo pipefail
 here="$PWD"
@@ -28,9 +28,11 @@ started=$SECONDS
 out="$workdir/lifecycle"
 mkdir -p "$out"
 data="--config.data.path=$workdir/corpus"
-read -r novel never train domains < <(python -c '
+read -r novel never train domains rows < <(python -c '
+from configs.quickstart import RECIPES
 from configs.quickstart_corpus import DOMAINS, NOVEL, TRAIN
-print(NOVEL[0], TRAIN[0], *(",".join(d) for d in (TRAIN[1:], DOMAINS)))')
+rows = RECIPES["demix"][0] // len(TRAIN) * (len(TRAIN) - 1)
+print(NOVEL[0], TRAIN[0], *(",".join(d) for d in (TRAIN[1:], DOMAINS)), rows)')
 
 echo "1/4 adapt to $novel: an expert of the DEMix LM, and the dense LM in two ways"
 for arm in demix dense dense_ffn; do
@@ -50,7 +52,7 @@ done
 
 echo; echo "3/4 train a DEMix LM that never sees $never, as long for each other domain"
 python -m demix train --config=configs/quickstart.py:demix $data --config.data.domains="$train" \
-  --config.data.batch_size=6 --workdir="$out/never-$never"
+  --config.data.batch_size="$rows" --workdir="$out/never-$never"
 models+=(--model=never-$never="$out/never-$never")
 
 echo; echo "4/4 evaluate"

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to a table: text that lies on this machine; a dense LM, a DEMix LM and a forest of
-# whole LMs (a seed, its branches); experts given, mixed and averaged; and a text they write together.
+# whole LMs (a seed, its branches) of as many tokens; experts given, mixed and averaged; and a text
+# they write together. At most five minutes on 2 cores; docs/quickstart.md says how it was chosen.
 #
 #   launch/quickstart.sh [--workdir DIR] [--seed N]
 #
@@ -17,7 +18,7 @@ while [ $# -gt 0 ]; do
     --workdir) [ $# -gt 1 ] || fail "--workdir needs a folder"; workdir="$2"; shift ;;
     --seed=*) seed="${1#*=}" ;;
     --seed) [ $# -gt 1 ] || fail "--seed needs a number"; seed="$2"; shift ;;
-    -h|--help) sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h|--help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) fail "unknown argument $1: launch/quickstart.sh [--workdir DIR] [--seed N]" ;;
   esac
   shift
@@ -44,7 +45,7 @@ done
 echo; echo "4/5 grow a forest: a seed, a branch for each domain; and their average"
 [ -f "$workdir/forest/forest.json" ] || python -m demix forest plan --forest="$workdir/forest" \
   --data="$workdir/corpus" --config=configs/forest_quickstart.py:0.5,"$seed"
-python -m demix forest run --forest="$workdir/forest" --together --limit=50
+python -m demix forest run --forest="$workdir/forest" --together --limit=32
 [ -d "$workdir/average" ] || python -m demix merge --model=forest:"$workdir/forest" \
   --workdir="$workdir/average"
 echo; echo "5/5 evaluate, one expert at a time, mixed and averaged; then write"
@@ -54,12 +55,14 @@ for model in dense demix forest average; do
 done
 python -m demix evaluate "${models[@]}" --data="$workdir/corpus" \
   --domains="$(python -c 'from configs.quickstart_corpus import DOMAINS; print(",".join(DOMAINS))')" \
-  --limit=64 --mix=given,average,uniform,updating,cached --mix.blocks=48 \
+  --mix=given,average,uniform,updating,cached --mix.blocks=100 \
   --save_priors="$workdir/priors.json" \
-  --out="$workdir/results.json" > "$workdir/table.tmp"
-{ echo; echo "A text by the DEMix LM's experts (--prompt='class '):"; } >> "$workdir/table.tmp"
-python -m demix generate --model="$workdir/demix" --prompt='class ' --max_tokens=80 --seed=1 \
-  >> "$workdir/table.tmp" 2>&1
+  --out="$workdir/results.json" > "$workdir/tables.txt"
+{ python launch/quickstart_table.py "$workdir"
+  echo; echo "A text by the DEMix LM's experts (--prompt='>>> x = np.array('):"
+  python -m demix generate --model="$workdir/demix" --prompt='>>> x = np.array(' --max_tokens=80 \
+    --top_p=0.9 --seed=1 2>&1
+} > "$workdir/table.tmp"
 mv "$workdir/table.tmp" "$workdir/table.txt"
 cat "$workdir/table.txt"
 cat <<EOF
@@ -68,6 +71,6 @@ Everything lies in $workdir:
   corpus/          token store and data card (card.json); the text itself in corpus_text/
   dense/, demix/   config.json, metrics.jsonl, tensorboard/, checkpoints/
   forest/          forest.json, seed/, experts/<name>/, each as above; average/: their average
-  results.json     the numbers of the tables above; priors.json, the cached priors
+  results.json     every way of mixing, as tables in tables.txt; priors.json, the cached priors
 took $((SECONDS - started))s after installation
 EOF

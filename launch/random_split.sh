@@ -48,7 +48,7 @@ for split in ('train', 'valid', 'test'):
     (target / f'part{i}' / f'{split}.jsonl').write_bytes(b''.join(lines))
 PYTHON
 parts="$(cd "$out/text" && echo part* | tr ' ' ,)"
-python -m demix prepare --input="$out/text" --out="$out/corpus" --config.vocab_size=2048
+python -m demix prepare --input="$out/text" --out="$out/corpus" --config.vocab_size=1024
 for arm in dense demix; do
   python -m demix train --config=configs/quickstart.py:$arm --config.data.path="$out/corpus" \
     --config.data.domains="$parts" --workdir="$out/$arm"

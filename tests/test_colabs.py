@@ -117,7 +117,7 @@ def test_a_notebook_runs_on_models_of_another_shape(path, workdir, monkeypatch):
   assert not [o for o in outputs(after) if o['output_type'] == 'error']
   assert figures(after) == figures(before)
   said = printed(after)
-  assert 'legal' in said and 'docstrings' in said  # its own experts; the notebook's own texts
+  assert 'legal' in said and 'science' in said  # its own experts; the notebook's own texts
   assert str(workdir) not in said and not MACHINE_PATH.search(said), said
 
 

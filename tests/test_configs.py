@@ -1,5 +1,6 @@
 """configs/: every file builds with every argument it documents; big models by eval_shape."""
 
+import dataclasses
 import importlib.util
 import inspect
 import json
@@ -32,7 +33,7 @@ SIZES = ('125m', '350m', '760m', '1.3b')
 # Every config file with all the arguments that its get_config documents ('': without one). A file
 # that is not here fails below.
 ARGS = {
-    'quickstart.py': ('', 'dense', 'demix'),
+    'quickstart.py': ('', 'dense', 'demix', 'forest'),
     'mix.py': ('', 'average', 'uniform', 'updating', 'cached', 'released', 'top2', 'decayed',
                'window', 'logits', 'pick', 'clusters', 'clusters_released', 'clusters_top2'),
     'forest_quickstart.py': ('', '0.5'),
@@ -44,7 +45,7 @@ ARGS = {
     'importance.py': ('',),
     'adapt.py': ('', 'demix', 'dense', 'dense_ffn'),
     'quickstart_corpus.py': ('',),
-    'upsample.py': ('', 'code', 'code,late', 'code,ramp', 'code,constant'),
+    'upsample.py': ('', 'stubs', 'stubs,late', 'stubs,ramp', 'stubs,constant'),
     'corpora/demix_eight.py': ('', '600e6'),
     'laptop.py': ('', 'dense,1m', *(f'{arm}{size}' for size in ('', ',10m') for arm in (
         'dense', 'proportional', 'domain_token', 'demix', 'demix_every_second'))),
@@ -176,20 +177,28 @@ def test_the_eight_domains_are_the_papers_and_their_entries_can_be():
   assert all(e.licence for several in entries.values() for e in several)
 
 
-def test_the_quick_start_arms_differ_in_the_ffn_only_and_fit_their_corpus():
-  dense, demix = (completed('quickstart.py', arm) for arm in ('dense', 'demix'))
-  flat, other = settings.flatten(dense), settings.flatten(demix)
-  assert {k for k in flat if flat[k] != other[k]} == {'model.ffn', 'model.experts'}
+def test_the_quick_start_arms_have_the_same_tokens_and_fit_their_corpus():
+  """They differ in the FFN and in what each was tuned in; 80 tokens a parameter, as the papers."""
+  arms = [completed('quickstart.py', arm) for arm in ('dense', 'demix', 'forest')]
+  dense = arms[0]
+  tuned = {'data.batch_size', 'optimizer.learning_rate', 'optimizer.schedule_steps', 'train.steps',
+           'train.checkpoint_every'}
+  flat, other, third = map(settings.flatten, arms)
+  assert {k for k in flat if flat[k] != other[k]} - tuned == {'model.ffn', 'model.experts'}
+  assert {k for k in flat if flat[k] != third[k]} <= tuned
+  [tokens] = {c.train.steps * c.data.batch_size * c.data.sequence_length for c in arms}
   content = load_config('configs/quickstart_corpus.py').to_dict()
   prepared = settings.from_dict(PrepareConfig, content)
   prepared.check()
+  model = dataclasses.replace(dense.model, vocab_size=prepared.vocab_size)
+  assert tokens >= 80 * Model(model, dense.execution, 'float32').counts()[1]
   assert len(dense.data.domains) == 4 and len(prepared.domains) == 5  # four and one held out
   assert set(dense.data.domains) < set(prepared.domains)
 
 
 def test_adapting_is_the_base_run_at_a_tenth_of_its_rate():
-  base = settings.flatten(completed('quickstart.py', 'demix').optimizer)
   for arm in ('demix', 'dense', 'dense_ffn'):
+    base = settings.flatten(completed('quickstart.py', arm.partition('_')[0]).optimizer)
     config = completed('adapt.py', arm)
     own = settings.flatten(config.optimizer)
     assert own['learning_rate'] == pytest.approx(base['learning_rate'] / 10)

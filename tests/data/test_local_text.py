@@ -87,6 +87,18 @@ def test_domains_have_enough_text_for_a_perplexity(corpus):
     assert sum(r['bytes'].values()) <= local_text.MAX_BYTES
 
 
+def test_the_quick_starts_domains_have_text_for_its_tokens(corpus):
+  """In at most about five epochs, at the 2.7 bytes that an id stands for at the most."""
+  sys.path.insert(0, str(ROOT))
+  from configs import quickstart, quickstart_corpus
+  _, report = corpus
+  tokens = quickstart.SEQUENCES * quickstart.LENGTH / len(quickstart_corpus.TRAIN)
+  for name, role in dict.fromkeys(quickstart_corpus.TRAIN, 'train').items() | dict.fromkeys(
+      quickstart_corpus.NOVEL, 'novel').items():
+    assert report[name]['role'] == role
+    assert tokens <= 5 * report[name]['bytes']['train'] / 2.7, name
+
+
 def test_splits_are_about_80_10_10(corpus):
   _, report = corpus
   for name, r in report.items():

@@ -55,7 +55,8 @@ def test_each_share_of_the_seed_has_the_tokens_of_dense():
     names = [n for n in found['experts'] if n.endswith(f'-{share}')]
     [step] = {plan.step_of(found, n) for n in names}
     assert len(names) == 4 and total(found, names) + step * per_step == DENSE
-  assert plan.keep_every(found, 'seed') == found['seed']['train']['checkpoint_every'] == 47
+  assert plan.keep_every(found, 'seed') == found['seed']['train']['checkpoint_every'] == round(
+      found['base']['train']['steps'] / 6)
 
 
 def test_the_second_round_branches_from_the_first_alone():
@@ -83,10 +84,11 @@ def test_the_curriculum_has_64_domains_in_rounds():
 
 def test_a_plan_without_an_expert_has_none_of_its_branches():
   found = planned(forest_rounds.get_config('2'))
-  left, gone = plan.without(found, 'code')
-  assert gone == [] and plan.parents(left, 'sessions') == ('docstrings',)
-  left, gone = plan.without(left, 'docstrings')
-  assert list(left['experts']) == [] and set(gone) == {'cplusplus', 'sessions'}
+  first, second = forest_rounds.FIRST
+  left, gone = plan.without(found, first)
+  assert gone == [] and plan.parents(left, forest_rounds.SECOND[0]) == (second,)
+  left, gone = plan.without(left, second)
+  assert list(left['experts']) == [] and set(gone) == set(forest_rounds.SECOND)
 
 
 def equal_parts(found, names, wanted):
