@@ -57,7 +57,7 @@ python -m demix evaluate "${models[@]}" --data="$workdir/corpus" \
   --domains="$(python -c 'from configs.quickstart_corpus import DOMAINS; print(",".join(DOMAINS))')" \
   --mix=given,average,uniform,updating,cached --mix.blocks=100 \
   --save_priors="$workdir/priors.json" \
-  --out="$workdir/results.json" > "$workdir/tables.txt"
+  --tables=all --out="$workdir/results.json" > "$workdir/tables.txt"
 { python launch/quickstart_table.py "$workdir"
   echo; echo "A text by the DEMix LM's experts (--prompt='>>> x = np.array('):"
   python -m demix generate --model="$workdir/demix" --prompt='>>> x = np.array(' --max_tokens=80 \
