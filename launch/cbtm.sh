@@ -77,7 +77,7 @@ for arm in "${arms[@]}"; do
   python -m demix forest run --forest="$forest" --together --limit=100
 done
 
-echo; echo "4/4 evaluate on the same test text, the first $windows blocks of each labelled domain"
+echo; echo "4/4 evaluate on the same test text, $windows blocks of each labelled domain, a fixed sample"
 for arm in dense "${arms[@]}"; do
   [ -f "$workdir/$arm.json" ] && continue
   model=("$workdir/dense") mix=()
