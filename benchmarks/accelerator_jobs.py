@@ -5,6 +5,7 @@ import json
 import math
 import signal
 import time
+import traceback
 
 import bench
 import measure
@@ -46,7 +47,7 @@ def choose(arms, size: measure.Size, first: int, limit: int | None):
     try:
       need = predicted(arms, *steps[i])
     except Exception as e:  # a prediction is a help: without it, memory is found by trying
-      print(f'no prediction of memory: {type(e).__name__}: {e}')
+      print(f'no prediction of memory: {said(e)}')
       return max(first, 1), *steps[max(first, 1)], None
     print(f'{steps[i][0].batch} rows, {steps[i][1]}: {need / 2**30:.1f} GiB predicted')
     if limit is None or need < 0.8 * limit or i == len(steps) - 1:
@@ -70,7 +71,7 @@ def timed(calls: dict, flops: dict, seconds: float, tokens: int) -> dict:
   for call in calls.values():
     call(1)
   once = (time.perf_counter() - started) / len(calls)
-  inner = max(1, min(20, round(0.5 / once)))
+  inner = max(1, min(20, round(min(0.5, seconds / 4) / once)))
   repeats = max(3, min(10, int(seconds / (inner * once * len(calls)))))
   times = measure.interleave({n: lambda c=c: c(inner) for n, c in calls.items()}, repeats)
   import jax
@@ -173,22 +174,22 @@ def sanity_job(args, emit):
         'text': f'{device.device_kind}, jax {jax.__version__}'})
   if not args.tiny and device.platform == 'cpu':
     return
-  losses = {}
-  for arm in ('dense', 'demix'):
-    losses[arm] = few_losses(arm, 'float32')
-    emit({'check': f'losses {arm}', 'ok': None, 'losses': losses[arm],
-          'text': 'five steps in float32'})
-  for arm in ('dense', 'demix'):
-    half = few_losses(arm, 'bfloat16')
-    off = max(abs(a - b) for a, b in zip(half, losses[arm]))
-    emit({'check': f'bfloat16 {arm}', 'ok': all(map(math.isfinite, half)) and off < 0.05,
-          'losses': half, 'text': f'finite, within {off:.1e} of float32'})
-  for check in (attention_check, generation_check):
+  for name, check in {
+      'losses dense': lambda: losses_check('dense'), 'losses demix': lambda: losses_check('demix'),
+      'attention': attention_check, 'generation': generation_check}.items():
     try:
-      emit(check())
-    except Exception as e:  # the next check is not hers
-      emit({'check': check.__name__.removesuffix('_check'), 'ok': False,
-            'text': f'{type(e).__name__}: {e}'[:300]})
+      emit({'check': name} | check())
+    except Exception as e:  # the next check is not about this
+      traceback.print_exc()
+      emit({'check': name, 'ok': False, 'text': said(e)})
+
+
+def losses_check(arm: str) -> dict:
+  """float32, for the other process to compare with CPU's; bfloat16 is finite and near it."""
+  full, half = few_losses(arm, 'float32'), few_losses(arm, 'bfloat16')
+  off = max(abs(a - b) for a, b in zip(full, half))
+  return {'ok': all(map(math.isfinite, half)) and off < 0.05, 'losses': full,
+          'bfloat16_losses': half, 'text': f'bfloat16 finite, within {off:.1e} of float32'}
 
 
 def attention_check() -> dict:
@@ -201,12 +202,12 @@ def attention_check() -> dict:
   from demix.layers.attention import attend, mask_bias
   from demix.model_config import ModelConfig
   B, H, L, K = 2, 4, 256, 64
-  out, name = {'check': 'attention'}, fused_attention.NATIVE.get(jax.default_backend())
+  name = fused_attention.NATIVE.get(jax.default_backend())
   if not name:
-    return out | {'ok': None, 'text': f'plain: {jax.default_backend()} has no fused kernel'}
+    return {'ok': None, 'text': f'plain: {jax.default_backend()} has no fused kernel'}
   run = fused_attention.choose('auto', ModelConfig(heads=H, d_model=H * K), (B, L), jnp.bfloat16)
   if run is None:
-    return out | {'ok': False, 'text': f'plain, not {name}: why is in sanity.log'}
+    return {'ok': False, 'text': f'plain, not {name}: why is in sanity.log'}
   random = np.random.default_rng(0)
   q, k, v, dy = (jnp.asarray(x, jnp.bfloat16) for x in random.normal(size=(4, B, H, L, K)))
   q = (q * K ** -0.5).astype(jnp.bfloat16)
@@ -219,8 +220,8 @@ def attention_check() -> dict:
   off = [float(jnp.abs(a.astype(jnp.float32) - b).max() / jnp.abs(b).max())
          for a, b in zip(fused(q, k, v, dy), exact)]
   found = kernel(fused.as_text())
-  return out | {'ok': found == name and max(off) < 0.03, 'kernel': found, 'off': off,
-                'text': f'{found}; output, dq, dk, dv within {max(off):.1e} of plain in float32'}
+  return {'ok': found == name and max(off) < 0.03, 'kernel': found, 'off': off,
+          'text': f'{found}; output, dq, dk, dv within {max(off):.1e} of plain in float32'}
 
 
 def generation_check() -> dict:
@@ -238,7 +239,7 @@ def generation_check() -> dict:
   mixture = Mixture(ExpertMembers(model), jax.jit(model.init)(0), MixConfig())
   tokens = list(Writer(mixture, [1, 2, 3], SamplingConfig(max_tokens=16, temperature=0)))
   fine = len(tokens) == 16 and all(math.isfinite(t.logp) for t in tokens)
-  return {'check': 'generation', 'ok': fine, 'text': f'{len(tokens)} tokens'}
+  return {'ok': fine, 'text': f'{len(tokens)} tokens'}
 
 
 def cpu_job(args, emit):
@@ -260,9 +261,19 @@ def job(args):
     from demix.generate import Writer  # noqa: F401
     from demix.step import Program  # noqa: F401
     raise SystemExit(jax.devices()[0].platform == 'cpu')
-  if kind in ('sanity', 'cpu'):
-    return {'sanity': sanity_job, 'cpu': cpu_job}[kind](args, emit)
-  (torch_job if kind == 'torch' else size_job)(name or kind, args, emit)
+  try:
+    if kind in ('sanity', 'cpu'):
+      {'sanity': sanity_job, 'cpu': cpu_job}[kind](args, emit)
+    else:
+      (torch_job if kind == 'torch' else size_job)(name or kind, args, emit)
+  except Exception as e:
+    traceback.print_exc()
+    raise SystemExit(said(e)) from None  # the last line, whatever JAX adds to its errors
+
+
+def said(error: Exception) -> str:
+  """An error in a line."""
+  return f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
 
 
 def shapes(args) -> dict:
