@@ -74,9 +74,12 @@ if name == 'sanity':
 elif name == 'cpu':
   for arm in ('dense', 'demix'):
     emit(check='cpu ' + arm, losses=[5.0, 4.0])
+elif name == '125m' and flags['rung'] == '0':
+  dense('125m', 470e3, rung=0)
+  emit(size='125m', arm='demix', status='failed', why='ended while compiling', rung=0)
+  sys.exit('OutOfMemoryError')
 elif name == '125m':
-  dense('125m', 470e3)
-  emit(size='125m', arm='demix', status='failed', why='ended while compiling')
+  emit(size='125m', arm='dense', status='failed', why='ended while compiling', rung=1)
   sys.exit('ValueError: no such luck')
 elif name == '350m':
   rung = int(flags['rung'])
@@ -114,7 +117,7 @@ def test_what_fails_is_recorded_and_the_rest_goes_on(jobs, tmp_path, capsys):
   assert {k: r['status'] for k, r in rows.items() if k[1] != 'torch'} == {
       ('125m', 'dense'): 'measured', ('125m', 'demix'): 'failed', ('350m', 'dense'): 'measured',
       ('760m', 'dense'): 'failed', ('1.3b', 'dense'): 'measured'}
-  assert rows['125m', 'demix']['why'] == 'ended while compiling: ValueError: no such luck'
+  assert rows['125m', 'demix']['why'] == 'ended while compiling: out of memory: OutOfMemoryError'
   assert rows['760m', 'dense']['why'] == 'its time was over'
   assert [f for n, *flags in jobs if n == '350m' for f in flags if 'rung' in f] == [
       '--rung=0', '--rung=2', '--rung=3']
