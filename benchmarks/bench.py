@@ -22,9 +22,11 @@ import torch_gpt
 
 ARMS = ('dense', 'demix', 'general', 'together', 'linen', 'torch', 'unmeshed')
 ONE_DEVICE = ('linen', 'torch', 'unmeshed')
-# Dense bfloat16 (without sparsity) FLOP/s of a chip by its data sheet, by part of device_kind.
-SHEETS = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'v6': 918e12,
-          'v5p': 459e12, 'v5 lite': 197e12, 'v4': 275e12}
+# Dense bfloat16 (without sparsity) FLOP/s of a chip by its data sheet, by part of device_kind; the
+# first that fits counts. An H100 or H200 without a word behind it is SXM; JAX calls a v5p 'TPU v5'.
+SHEETS = {'H200 NVL': 836e12, 'H100 NVL': 836e12, 'H100 PCIe': 756e12, 'H200': 989e12,
+          'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'TPU v6': 918e12, 'TPU v5 lite': 197e12,
+          'TPU v5e': 197e12, 'TPU v5': 459e12, 'TPU v4': 275e12}
 # Goals on one H200 in bfloat16, T 1024: tokens/s of a dense LM, and the stretch.
 GOALS = {'125m': (345e3, 460e3), '350m': (145e3, 175e3), '760m': (78e3, 90e3),
          '1.3b': (49e3, 55e3)}
@@ -57,7 +59,7 @@ class Arm:
     self.batch = {
         'tokens_BL': ids[:, :-1], 'targets_BL': ids[:, 1:],
         'weights_BL': np.ones((size.batch, size.length), np.float32),
-        'domain_B': np.repeat(np.arange(domains, dtype=np.int32), size.batch // domains)}
+        'domain_B': np.arange(size.batch, dtype=np.int32) * domains // size.batch}
     if name == 'unmeshed':
       step, where = jax.jit(make_step(self.model, adamw, domains=domains, balanced=True),
                             donate_argnums=0), None
@@ -207,6 +209,11 @@ def product(dtype: str):
   return lambda: multiply(x, x).block_until_ready(), 2 * n ** 3
 
 
+def peak(kind: str) -> float | None:
+  """FLOP/s of a device by its data sheet; None where it is not known."""
+  return next((rate for name, rate in SHEETS.items() if name.lower() in kind.lower()), None)
+
+
 def settings(text: str) -> dict:
   """'remat=dots,loss_block=8192' → ExecutionConfig's fields."""
   out = {}
@@ -246,7 +253,7 @@ def main():
 
   from demix.sharding import MeshConfig, make_mesh
   kind, multiply = jax.devices()[0].device_kind, product(args.dtype)
-  sheet = next((rate for name, rate in SHEETS.items() if name in kind), None)
+  sheet = peak(kind)
   print(f'{jax.device_count()} × {kind}, jax {jax.__version__}, {args.dtype}, {args.repeats} rounds'
         f'{", " + args.set if args.set else ""}\n{measure.machine()}', flush=True)
   rows = []
