@@ -4,7 +4,7 @@
 
 Arms: dense (balanced), proportional, domain_token, demix, demix_every_second. The corpus is any
 token store, for example the one of the quick start. Larger: --config=configs/laptop.py:demix,10m.
-Time: README, "what it costs". Numbers: README, the results table.
+Time and speed: benchmarks/README.md. Not run to its end here: no number of its own.
 """
 
 from demix.config import Config, TrainConfig, config_dict
