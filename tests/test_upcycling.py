@@ -77,7 +77,7 @@ def test_a_dense_run_becomes_a_demix_lm(models, stores, tmp_path, trainable):
     ({'init__model': '{demix}#code', 'model__ffn': 'demix'},
      "model.ffn='demix' (it has 'dense')"),
     ({'init__optimizer': 'continue', 'model__ffn': 'demix'}, 'becomes 1 experts without moments'),
-    ({'model__ffn': 'demix', 'model__rope_theta': 5.0}, 'model.rope_theta=5.0 (it has 10000.0)'),
+    ({'model__ffn': 'demix', 'model__activation': 'relu'}, "model.activation='relu' (it has"),
     ({'model__d_ff': 64, 'model__kv_heads': 2}, ''),  # as they are, written out
 ])
 def test_what_a_model_brings_is_not_overridden_in_silence(models, stores, tmp_path, changes, said):
