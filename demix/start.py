@@ -37,7 +37,8 @@ class Start:
       nearest (eval/nearest.py, where the expert was chosen by it), schedule_steps (of its
       optimizer), ancestors (content digests that the model goes back to), trained_on (domains that
       it and they were trained on); of an optimizer that goes on also updates, and where its
-      schedule was laid out anew restart and schedules (horizon.pieces); of a dense LM whose FFN is copied, upcycled: the experts.
+      schedule was laid out anew restart and schedules (horizon.pieces); of a dense LM whose FFN is
+      copied, upcycled: the experts.
   """
   model: ModelConfig
   record: dict

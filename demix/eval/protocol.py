@@ -245,7 +245,8 @@ def mixed_rows(name, loaded, store, domains, protocol: Protocol, request: Reques
           weights.setdefault(key, {})[part.domain] = mass
       twins = getattr(loaded, 'trained_alone', lambda domain: ())(part.domain)
       if len(twins) > 1 and any(m.name == 'given' for m in modes):
-        note(f'{name}: {part.domain}: {", ".join(twins)} were each trained on it; given is the first')
+        note(f'{name}: {part.domain}: {", ".join(twins)} were each trained on it alone; given is '
+             'the first')
       if found.nearest and (warning := found.nearest.warning(part.domain)):
         note(f'{name}: {warning}')
       priors += found.priors.values()
