@@ -42,7 +42,8 @@ def _entry(forest: dict, name: str) -> dict | None:
   return forest['base'] if name == SEED else forest['experts'].get(name)
 
 
-def make_parent(folder: Path, forest: dict, name: str, data: str, say=print):
+def make_parent(folder: Path, forest: dict, name: str, data: str, verify_data: bool = True,
+                say=print):
   """Writes the average that an expert starts from, an ordinary workdir, F/parents/NAME.
 
   Raises:
@@ -60,7 +61,8 @@ def make_parent(folder: Path, forest: dict, name: str, data: str, say=print):
   weights = list(parent.weights) or 'posterior'
   if len(models) == 1:
     weights = [1.0]
-  average.merge(models, target, weights=weights, domain=domain, data=data, say=say, single=True)
+  average.merge(models, target, weights=weights, domain=domain, data=data, say=say, single=True,
+                verify_data=verify_data)
 
 
 def _require(forest: dict, name: str, parent: str) -> dict:
@@ -115,9 +117,10 @@ def grow(folder, *, only=(), data: str = '', together: bool = False, require_gai
       group += [n for n in only or known if n != name and ready(folder, forest, n)]
     for other in group:
       if other != SEED:
-        prepare(folder, forest, other, store, say)
+        prepare(folder, forest, other, store, verify_data, say)
     stop = _train(folder, forest, group, store, verify_data, say) if state != 'finished' else None
-    register(folder, name, data=store, require_gain=require_gain, limit=limit, say=say)
+    register(folder, name, data=store, require_gain=require_gain, limit=limit,
+             verify_data=verify_data, say=say)
     done.append(name)
     if stop and (rest := [n for n in only or known if not _entry(manifest.load(folder), n)]):
       raise Preempted(f'{stop}: {name} is there; to be trained or registered: {", ".join(rest)}; '
@@ -125,7 +128,7 @@ def grow(folder, *, only=(), data: str = '', together: bool = False, require_gai
   return done
 
 
-def prepare(folder: Path, forest: dict, name: str, data: str, say=print):
+def prepare(folder: Path, forest: dict, name: str, data: str, verify_data: bool = True, say=print):
   """Sees to it that what an expert starts from is there: averages are made.
 
   Raises:
@@ -136,7 +139,7 @@ def prepare(folder: Path, forest: dict, name: str, data: str, say=print):
     for other in parent.names:
       _require(forest, name, other)
   elif not catalogue.steps(folder / plan.parent_folder(name) / 'checkpoints'):
-    make_parent(folder, forest, name, data, say)
+    make_parent(folder, forest, name, data, verify_data, say)
 
 
 def ready(folder: Path, forest: dict, name: str) -> bool:

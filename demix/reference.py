@@ -93,13 +93,19 @@ class Loaded:
 
   @property
   def trained_in(self) -> list:
-    """[(workdir, domains that it was trained on)], whose data cards say what was read."""
-    return [(self.workdir, self.domains)]
+    """[(workdir, domains that it was trained on)], whose data cards say what was read; of what it
+    goes back to as well. A workdir that is gone is None."""
+    return [(self.workdir, self.domains), *((w, d) for w, _, d in self._history)]
 
   @property
   def trained_from(self) -> list:
     """[(token store, domains of it that were trained on)], wherever that is now."""
-    return [(self.config.data.path, self.domains)]
+    return [(self.config.data.path, self.domains), *((s, d) for _, s, d in self._history if s)]
+
+  @functools.cached_property
+  def _history(self) -> list:
+    from demix.forest import lineage
+    return lineage.history([self.meta])
 
   def given(self, domain: str) -> str | None:
     """The member that was trained on a domain, or None."""
@@ -225,14 +231,19 @@ class LoadedForest:
   @property
   def trained_in(self) -> list:
     """See Loaded.trained_in."""
-    return list(zip(self.folders, self.trained))
+    return [*zip(self.folders, self.trained), *((w, d) for w, _, d in self._history)]
+
+  @functools.cached_property
+  def _history(self) -> list:
+    from demix.forest import lineage
+    return lineage.history(self.metas)
 
   @property
   def trained_from(self) -> list:
     """See Loaded.trained_from."""
     metas = [*self.metas, *([self.seed_meta] if self.seed_meta else [])]
-    found = {(meta['config']['data']['path'], tuple(meta['domains'])): 0 for meta in metas}
-    return list(found)
+    found = [(meta['config']['data']['path'], tuple(meta['domains'])) for meta in metas]
+    return list(dict.fromkeys([*found, *((s, d) for _, s, d in self._history if s)]))
 
   @property
   def packings(self) -> tuple:
@@ -257,7 +268,11 @@ class LoadedForest:
 
   def given(self, domain: str) -> str | None:
     """The expert that was trained on that domain alone, or None."""
-    return next((n for n, trained in zip(self.names, self.trained) if trained == (domain,)), None)
+    return next(iter(self.trained_alone(domain)), None)
+
+  def trained_alone(self, domain: str) -> list:
+    """Members that were trained on that domain alone."""
+    return [n for n, trained in zip(self.names, self.trained) if trained == (domain,)]
 
   def counts(self) -> tuple[int, int]:
     """(total, active) parameters; what the experts of a DEMix LM share counts once."""

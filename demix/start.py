@@ -35,9 +35,10 @@ class Start:
     record: what config.json and meta.json keep as `init`: model (as it was named), workdir, step,
       content_digest (of all its parameters), expert ('' for none), asked, nll, margin, error,
       nearest (eval/nearest.py, where the expert was chosen by it), schedule_steps (of its
-      optimizer), ancestors (content digests that the model goes back to); of an optimizer that
-      goes on also updates, and where its schedule was laid out anew restart and schedules
-      (horizon.pieces); of a dense LM whose FFN is copied, upcycled: the experts.
+      optimizer), ancestors (content digests that the model goes back to), trained_on (domains that
+      it and they were trained on); of an optimizer that goes on also updates, and where its
+      schedule was laid out anew restart and schedules (horizon.pieces); of a dense LM whose FFN is
+      copied, upcycled: the experts.
   """
   model: ModelConfig
   record: dict
@@ -185,7 +186,7 @@ def find(config: Config, store: TokenStore, saved: dict | None, workdir) -> Star
       **more, 'model': init.model, 'workdir': os.path.abspath(ref.workdir), 'step': step,
       'content_digest': meta['content_digest'], 'expert': asked, 'asked': asked,
       'schedule_steps': parent.optimizer.schedule_steps,
-      'ancestors': sorted(lineage.ancestors(meta))})
+      'ancestors': sorted(lineage.ancestors(meta)), 'trained_on': lineage.trained_on(meta)})
 
 
 def _check(init: InitConfig, expert: str, config: Config, parent: Config, meta: dict, store):

@@ -231,6 +231,9 @@ def test_generate_prints_the_text_and_ends_with_the_weights(models, priors, tmp_
   assert two.code == 0 and len([x for x in two.err.splitlines() if x.endswith('0')]) >= 1, two
   alone = runs.demix('generate', f'--model={models["dense"]}', '--prompt=def f', *options)
   assert alone.code == 0 and 'after the prompt' not in alone.err
+  for flags in (['--mix=uniform'], ['--mix.temperature=2.0']):
+    said = runs.demix('generate', f'--model={models["dense"]}', '--prompt=def f', *flags).error(2)
+    assert 'there is nothing to mix' in said
 
 
 def test_a_lone_surrogate_is_no_text(lm):
@@ -248,6 +251,7 @@ def test_a_lone_surrogate_is_no_text(lm):
     (['--model=W', '--prompt=x', '--stop=a', '--stop=\udce9'], "'--stop=\\udce9' is not UTF-8"),
     (['--model=W', '--prompt=x', '--mix=cahced'], "did you mean 'cached'"),
     (['--model=W', '--prompt=x', '--max_tokens=0'], 'max_tokens=0'),
+    (['--model=W', '--prompt=x', '--mix=none', '--prior=p.json:law'], 'give --mix=cached'),
     (['--model=W', '--prompt=x', '--mix.decay=2.0'], 'mix.decay=2.0'),
     (['--model=/no/such', '--prompt=x'], 'no such workdir')])
 def test_generate_says_what_is_wrong(flags, said):

@@ -71,13 +71,14 @@ def test_a_dense_run_becomes_a_demix_lm(models, stores, tmp_path, trainable):
 
 @pytest.mark.parametrize(('changes', 'said'), [
     # 4 layers are the default, which was asked for all the same.
-    ({'model__layers': 4, 'model__norm': 'rmsnorm', 'model__d_ff': 32, 'model__expert_every': 2},
-     'model.layers=4 (it has 2), model.d_ff=32 (it has 0), model.expert_every=2 (it has 1), '
+    ({'model__layers': 4, 'model__norm': 'rmsnorm', 'model__d_ff': 32},
+     'model.layers=4 (it has 2), model.d_ff=32 (it has 0), '
      "model.norm='rmsnorm' (it has 'layernorm'); leave these out"),
     ({'init__model': '{demix}#code', 'model__ffn': 'demix'},
      "model.ffn='demix' (it has 'dense')"),
     ({'init__optimizer': 'continue', 'model__ffn': 'demix'}, 'becomes 1 experts without moments'),
-    ({'model__ffn': 'demix', 'model__rope_theta': 5.0}, 'model.rope_theta=5.0 (it has 10000.0)'),
+    ({'model__ffn': 'demix', 'model__activation': 'gelu_tanh'},
+     "model.activation='gelu_tanh' (it has 'gelu')"),
     ({'model__d_ff': 64, 'model__kv_heads': 2}, ''),  # as they are, written out
 ])
 def test_what_a_model_brings_is_not_overridden_in_silence(models, stores, tmp_path, changes, said):

@@ -2,6 +2,7 @@
 
 import shutil
 
+import corpus
 import pytest
 import runs
 
@@ -48,6 +49,23 @@ def test_what_is_not_read_is_not_looked_at_and_who_must_may(store, tmp_path):
   assert 'code/train/tokens.bin' in runs.train(store, tmp_path / 'B', train__steps=2).error(2)
   argv = runs.overrides(store, tmp_path / 'B', train__steps=2)
   assert runs.demix('train', '--verify_data=false', *argv).code == 0
+
+
+def test_gates_and_merges_verify_what_they_read(store, adapted, models, tmp_path):
+  """The text that an expert is compared on, or weights are estimated on."""
+  file = corrupt(store, corpus.NOVEL, 'valid')
+  forest, data = f'--forest={tmp_path / "F"}', f'--data={store}'
+  assert runs.demix('forest', 'add', forest, '--expert=a', f'--from={models["demix"]}').code == 0
+  source = f'--from={adapted["better"]}'
+  two = [f'--model={adapted[n]}' for n in ('better', 'worse')]
+  for argv in (['forest', 'add', forest, '--expert=b', source, data],
+               ['forest', 'add', f'--model={models["demix"]}', '--expert=b', source, data,
+                f'--workdir={tmp_path / "W"}'],
+               ['merge', *two, data, f'--guard={corpus.NOVEL}', f'--workdir={tmp_path / "M"}'],
+               ['merge', *two, data, '--weights=posterior', f'--domain={corpus.NOVEL}',
+                f'--workdir={tmp_path / "M"}']):
+    assert str(file) in runs.demix(*argv).error(2)
+  assert runs.demix(*argv, '--verify_data=false').code == 0
 
 
 def test_only_the_domains_and_splits_asked_for_are_verified(store):

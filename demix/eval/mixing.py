@@ -207,10 +207,12 @@ class Evaluation:
     return Estimate(out, found)
 
   def _own(self, domain: str) -> prior.Prior | None:
-    """A stored prior that knows the experts' losses on this domain's valid text."""
+    """A stored prior that knows the experts' losses on this domain's valid text, cut as here."""
     entry = self.store.card['domains'][domain]['splits'].get('valid', {})
     return next((p for p in self.stored if p.domain == domain
-                 and p.text == entry.get('tokens_digest')), None)
+                 and p.text == entry.get('tokens_digest')
+                 and (p.packing, p.block_length) == (self.protocol.packing, self.protocol.length)),
+                None)
 
   def _asks(self, domain: str, given: str | None) -> tuple[set, bool, bool]:
     """Posteriors of the priors that are wanted, whether an expert is chosen by development text,

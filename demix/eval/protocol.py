@@ -164,7 +164,8 @@ def rows_of(name, loaded, store, domains, protocol: Protocol, request: Request, 
   if request.force and _routed(loaded) and request.force not in loaded.domains:
     raise BadInput(f'--force={request.force}: run {name} has no such domain'
                    f'{nearest(request.force, loaded.domains)}')
-  parts = [perplexity.Part(d, request.split, _route(loaded, store, d, protocol, request, note))
+  say = lambda line: note(f'{name}: {line}')
+  parts = [perplexity.Part(d, request.split, _route(loaded, store, d, protocol, request, say))
            for d in domains]
   total = perplexity.count(store, parts, protocol, symbols is not None)
   with Progress(total, 'sequences', f'evaluate {name}') as progress:
@@ -213,6 +214,8 @@ def mixed_rows(name, loaded, store, domains, protocol: Protocol, request: Reques
                if n in chosen.options.get('members', loaded.members.names)]
     digests = dict(zip(loaded.members.names, loaded.member_digests))
     stored = prior.of_experts(file, prior.load(file), members, [digests[n] for n in members])
+    for line in unlike(stored, protocol, modes):
+      note(f'{name}: {line}')
   @functools.lru_cache(1)  # of a forest the last that were asked for stay
   def pick(names):
     part = loaded.take(names)
@@ -240,6 +243,10 @@ def mixed_rows(name, loaded, store, domains, protocol: Protocol, request: Reques
         if not single and mass:
           key = ' '.join(filter(None, (mode.prior, mode.posterior)))
           weights.setdefault(key, {})[part.domain] = mass
+      twins = getattr(loaded, 'trained_alone', lambda domain: ())(part.domain)
+      if len(twins) > 1 and any(m.name == 'given' for m in modes):
+        note(f'{name}: {part.domain}: {", ".join(twins)} were each trained on it alone; given is '
+             'the first')
       if found.nearest and (warning := found.nearest.warning(part.domain)):
         note(f'{name}: {warning}')
       priors += found.priors.values()
@@ -251,6 +258,24 @@ def mixed_rows(name, loaded, store, domains, protocol: Protocol, request: Reques
   rows.sort(key=lambda r: order[r['prior'], r['posterior']])
   return rows, {'options': chosen.options, 'read_by': chosen.read_by, 'mean_weights': weights,
                 'priors': [prior.entry(p) for p in priors]}
+
+
+def unlike(stored, protocol: Protocol, modes) -> list[str]:
+  """Lines on stored priors that were estimated in another way than the text is read."""
+  out = []
+  here = f'{protocol.packing} {protocol.length}'
+  cut = sorted({f'{p.packing} {p.block_length}' for p in stored} - {here})
+  if cut:
+    out.append(f'its stored priors were estimated on text cut as {", ".join(cut)}, the text is '
+               f'scored as {protocol}')
+  configs = {m.config.posterior: mixing.options(m.config) for m in modes
+             if m.config.prior == 'cached'}
+  other = {(k, p.options[k], here[k]) for p in stored if (here := configs.get(p.posterior))
+           for k in here if k in p.options and p.options[k] != here[k]}
+  if other:
+    out.append('its stored priors were estimated with ' + ', '.join(
+        f'mix.{k}={was} (now {now})' for k, was, now in sorted(other, key=str)))
+  return out
 
 
 def write_dump(path, arrays: dict):

@@ -192,9 +192,13 @@ def remarks(content: dict) -> str:
   empty = {}
   for r in rows:
     if not r['tokens']:
-      empty.setdefault(r['domain'], r['n'])
-  out += [f'- {d}: no token of its {n} sequences is scored (prompts only)'
-          for d, n in empty.items()]
+      empty.setdefault((r['domain'], r['n']), {})[r['run']] = True
+  runs = set(content['runs'])
+  for (domain, n), who in empty.items():
+    some = who.keys() < runs  # means over different domains are not to be compared
+    out.append(f'- {domain}: no token of its {n} sequences is scored (prompts only)' + (
+        f' for {", ".join(who)}; its means are over fewer domains than those of others'
+        if some else ''))
   leaks = {}
   for e in content.get('leakage', ()):
     leaks.setdefault(e['domain'], {})[e['train']] = e['runs']

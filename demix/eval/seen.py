@@ -16,14 +16,18 @@ _LOOKED_AT = 1000  # train documents of a domain, a sample that is the same for 
 def domains_of(loaded, store: TokenStore, domains) -> set:
   """Those of a store's domains that a model was trained on.
 
-  A domain is seen if the model has one of its name, or if some of its train text was read under
-  another: the same split by the data cards, a split that was cut into clusters, or the same
-  documents in the token store of the training, where that is at hand.
+  A domain is seen if the model, or what it goes back to (what its run started from, an expert that
+  was removed), has one of its name, or if some of its train text was read under another: the same
+  split by the data cards, a split that was cut into clusters, or the same documents in the token
+  store of the training, where that is at hand.
   """
-  found = {d for d in domains if d in loaded.domains}
+  known = {*loaded.domains, *(d for _, trained in loaded.trained_in for d in trained)}
+  found = {d for d in domains if d in known}
   digests = {d: store.card['domains'][d]['splits'].get('train', {}).get('tokens_digest')
              for d in domains}
   for folder, trained in loaded.trained_in:
+    if folder is None:
+      continue
     try:
       card = read_card(folder / 'data')
     except BadInput:

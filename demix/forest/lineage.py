@@ -1,10 +1,11 @@
 """Where a checkpoint comes from, by what its meta.json says: content digests, not paths."""
 
+import contextlib
 import os
 from pathlib import Path
 
 from demix import catalogue
-from demix.errors import BadInput
+from demix.errors import BadInput, DemixError
 
 
 def ancestors(meta: dict) -> set:
@@ -35,6 +36,46 @@ def parents(meta: dict) -> dict:
     return out
   init = meta.get('init')
   return {init['content_digest']: 1.0} if init else {}
+
+
+def history(metas) -> list:
+  """What checkpoints go back to: what their runs started from, the parents of averages, LMs that
+  experts were added to or removed from, runs that they came from.
+
+  Args:
+    metas: meta.json of each checkpoint.
+
+  Returns:
+    [(workdir, token store, domains)] of those that are still where they were; at the end (None, '',
+    domains) with the names that are known without them.
+  """
+  found, names, todo = {}, {}, list(metas)
+  while todo:
+    meta = todo.pop()
+    init, records = meta.get('init'), meta.get('lifecycle', ())
+    names |= dict.fromkeys((init or {}).get('trained_on', ()))
+    names |= {r['expert']: None for r in records if r['operation'] == 'remove'}
+    places = [init] if init else []
+    for record in records:
+      places += [record[k] for k in ('model', 'from') if k in record] + record.get('parents', [])
+    for place in places:
+      key = place['workdir'], place['step']
+      with contextlib.suppress(DemixError):
+        if key not in found:
+          found[key] = catalogue.read_meta(Path(key[0]) / 'checkpoints', key[1])
+          if found[key]['content_digest'] == place['content_digest']:
+            todo.append(found[key])
+          else:
+            del found[key]
+  out = [(Path(workdir), meta['config']['data']['path'], tuple(meta['domains']))
+         for (workdir, _), meta in found.items()]
+  return [*out, (None, '', tuple(names))]
+
+
+def trained_on(meta: dict) -> list:
+  """Domains that a checkpoint and what it goes back to were trained on, as far as it is known."""
+  past = [d for _, _, domains in history([meta]) for d in domains]
+  return list(dict.fromkeys([*meta['domains'], *past]))
 
 
 def phases(workdir, meta: dict) -> dict:

@@ -29,7 +29,7 @@ from demix.state import COUNTS
 
 
 def add(model: str, expert: str, source: str, workdir: str, *, require_gain: bool = False,
-        data: str = '', limit: int = 0, say=print):
+        data: str = '', limit: int = 0, verify_data: bool = True, say=print):
   """Writes `workdir`: the DEMix LM with one more expert.
 
   Moments of trunk and old experts are the DEMix LM's, those of the new expert its run's, and so is
@@ -41,6 +41,7 @@ def add(model: str, expert: str, source: str, workdir: str, *, require_gain: boo
     require_gain: write nothing if the gate finds no gain.
     data: token store for the gate; '': the one the run trained on.
     limit: sequences of valid text for the gate; 0: all.
+    verify_data: compare that text with the digests in its store's card first.
     say: called with each line for people.
 
   Raises:
@@ -55,6 +56,8 @@ def add(model: str, expert: str, source: str, workdir: str, *, require_gain: boo
   [domain] = run.config.data.domains
   card, theirs = before.card(), run.card()
   store = _open_store(run, data)
+  if verify_data:
+    store.verify((domain,), ('valid',))
   state, new = before.arrays(), run.arrays()
   gate = measure(before, run, state, new, parent, store, domain, limit)
   say(_gate_line(gate, parent, expert, domain))

@@ -124,7 +124,7 @@ def posterior(parents: dict, store: TokenStore, domain: str, config: MixConfig):
 
 def merge(models: dict, workdir: str, *, weights='uniform', domain: str = '', data: str = '',
           guard=(), unrelated: bool = False, mix: MixConfig | None = None, single: bool = False,
-          say=print) -> dict:
+          verify_data: bool = True, say=print) -> dict:
   """Averages checkpoints into a new workdir.
 
   Args:
@@ -135,6 +135,7 @@ def merge(models: dict, workdir: str, *, weights='uniform', domain: str = '', da
     guard: domains on whose valid text the result may not be worse than its best parent.
     unrelated: average even models without a common ancestor.
     mix: how the posterior is estimated. single: one model may be the only one.
+    verify_data: compare the text that is read with the digests in its store's card first.
 
   Returns:
     {name: weight}.
@@ -151,6 +152,9 @@ def merge(models: dict, workdir: str, *, weights='uniform', domain: str = '', da
   store, used = None, None
   if weights in ('posterior', 'argmax') or guard:
     store = TokenStore.open(data or first.config.data.path)
+    read = [d for d in dict.fromkeys((*guard, domain)) if d in store.domains]
+    if verify_data and read:
+      store.verify(read, ('valid',))
   if isinstance(weights, str) and weights not in HOW:
     raise BadInput(f'--weights={weights}: numbers, or one of {", ".join(HOW)}')
   if weights == 'uniform':

@@ -26,12 +26,12 @@ from demix.settings import nearest
 
 
 def register(folder: Path, name: str, *, data: str = '', require_gain: bool = False,
-             limit: int = 0, say=print):
+             limit: int = 0, verify_data: bool = True, say=print):
   """Writes what the plan said, once it is trained, into the manifest.
 
   Args:
     folder: the forest. name: seed, or an expert of the plan.
-    data, require_gain, limit: see `add`.
+    data, require_gain, limit, verify_data: see `add`.
 
   Raises:
     BadInput: it is not there, or not finished. Refused: see `add`.
@@ -47,13 +47,13 @@ def register(folder: Path, name: str, *, data: str = '', require_gain: bool = Fa
       forest['base'] = _base(folder, saved)
     return
   entry = entry_of(folder, forest, name, saved, data=data, require_gain=require_gain, limit=limit,
-                   say=say)
+                   verify_data=verify_data, say=say)
   with manifest.edit(folder) as forest:
     forest['experts'][name] = forest['experts'].get(name, {}) | entry
 
 
 def add(folder, name: str, source: str, *, parent: str = '', data: str = '',
-        require_gain: bool = False, limit: int = 0, say=print):
+        require_gain: bool = False, limit: int = 0, verify_data: bool = True, say=print):
   """Registers a finished workdir under a new name; it is copied into the forest unless it lies
   there.
 
@@ -64,6 +64,7 @@ def add(folder, name: str, source: str, *, parent: str = '', data: str = '',
     data: token store for the gate; '': the one it trained on.
     require_gain: register nothing if the gate finds no gain.
     limit: sequences of valid text for the gate; 0: all.
+    verify_data: compare that text with the digests in its store's card first.
     say: called with each line for people.
 
   Raises:
@@ -89,7 +90,7 @@ def add(folder, name: str, source: str, *, parent: str = '', data: str = '',
     raise BadInput(f'{target} is there already and is not registered: take another name, register '
                    f'it with --from={target}, or delete it')
   entry = entry_of(folder, forest, name, saved, parent=parent, data=data,
-                   require_gain=require_gain, limit=limit, say=say)
+                   require_gain=require_gain, limit=limit, verify_data=verify_data, say=say)
   with contextlib.nullcontext(target) if here else _copy(saved, target):
     entry['files'] = manifest.files_of(target)
     with manifest.edit(folder) as forest:
@@ -147,10 +148,11 @@ def _base(folder: Path, saved: Saved) -> dict:
 
 
 def entry_of(folder: Path, forest: dict, name: str, saved: Saved, *, parent: str = '',
-             data: str = '', require_gain: bool = False, limit: int = 0, say=print) -> dict:
+             data: str = '', require_gain: bool = False, limit: int = 0, verify_data: bool = True,
+             say=print) -> dict:
   """The manifest's entry of an expert. Raises as `add`."""
   parents, origin = origin_of(folder, forest, saved, parent)
-  gate = measure(saved, origin, data, limit)
+  gate = measure(saved, origin, data, limit, verify_data)
   say(gate_line(name, gate))
   if require_gain and not (gate and gate['passed']):
     why = 'has no gain over its parent' if gate else 'was not compared with a parent'
@@ -245,7 +247,8 @@ def _started_from(folder: Path, init: dict) -> Saved | None:
 # ---- the gate ---------------------------------------------------------------------------------
 
 
-def measure(saved: Saved, origin: list, data: str, limit: int) -> dict | None:
+def measure(saved: Saved, origin: list, data: str, limit: int,
+            verify_data: bool = True) -> dict | None:
   """The gate: NLL of the valid text of an expert's own domains, under it and under what it comes
   from; of several parents the best counts.
 
@@ -265,6 +268,8 @@ def measure(saved: Saved, origin: list, data: str, limit: int) -> dict | None:
                    '--data')
   if not domains:
     return None
+  if verify_data:
+    store.verify(domains, ('valid',))
   protocol = Protocol.of(saved.config.data, limit=limit)  # of both: how the expert was trained
   def nats(one: Saved) -> tuple[float, int]:
     loaded = reference.load_at(one.workdir, one.step)

@@ -71,6 +71,10 @@ class MixConfig:
     if self.posterior == 'clusters' and self.prior in ('none', 'updating', 'cached'):
       raise BadInput(f'mix.prior={self.prior} with mix.posterior=clusters: a prior moves by '
                      'likelihoods, clusters look at the words; choose uniform or fixed')
+    if self.prior == 'cached' and self.blocks < self.blocks_per_update:
+      raise BadInput(f'mix.blocks={self.blocks} is below mix.blocks_per_update='
+                     f'{self.blocks_per_update}, and a cached prior needs one update: give more '
+                     'blocks')
     if self.prior in ('updating', 'cached') and self.posterior == 'none':
       raise BadInput(f'mix.prior={self.prior} with mix.posterior=none: without evidence no prior '
                      'moves; choose prefix or last_token')

@@ -71,8 +71,6 @@ def run(argv: list[str]) -> int:
   for name in tables:
     if name not in protocol.TABLES:
       raise BadInput(f'--tables={name}: no such table{suggest(name, (*protocol.TABLES, "all"))}')
-  if given.options:
-    return choose(models, given, ways.modes if ways else ())
   cached = ways and any(m.config.prior == 'cached' for m in ways.modes)
   for flag in ('prior', 'save_priors'):
     if getattr(given, flag) and not cached:
@@ -80,6 +78,12 @@ def run(argv: list[str]) -> int:
                      'cached prior; add cached, or leave it out')
   if given.prior and given.save_priors:
     raise BadInput('--save_priors with --prior: none are estimated; leave one of them out')
+  for name in ('alpha', 'blocks', 'blocks_per_update') if given.prior else ():
+    if name in ways.options and all(way.startswith('cached') for way in ways.read_by[name]):
+      raise BadInput(f'mix.{name}={ways.options[name]} has no effect with --prior={given.prior}: '
+                     'priors are taken from there and not estimated; leave one of them out')
+  if given.options:
+    return choose(models, given, ways.modes if ways else ())
   estimated = []
   content = protocol.evaluate(models, protocol.Request(
       data=given.data, domains=tuple(dict.fromkeys(words(given.domains))), split=given.split,
@@ -121,11 +125,13 @@ def _ways(given, mixes: list, mix):
 def choose(models: dict, given, modes) -> int:
   """Prints, for every model and way of mixing, the accuracy on a file of multiple choice."""
   from demix import language_model, multiple_choice, reference
+  from demix.config import domain_symbols
   from demix.eval.results import layout
   from demix.mix.mix_config import MixConfig
   from demix.progress import Progress
-  for flag in ('out', 'dump', 'save_priors', 'packing', 'stride', 'limit'):
-    if getattr(given, flag):
+  for flag in ('out', 'dump', 'save_priors', 'packing', 'stride', 'limit', 'domains', 'split',
+               'batch_size', 'tables', 'verify_data'):
+    if given[flag].present:
       raise BadInput(f'--{flag} goes with perplexity, not with --options')
   for mode in modes:
     if mode.single or mode.config.prior == 'updating':
@@ -133,16 +139,24 @@ def choose(models: dict, given, modes) -> int:
                      'average, uniform or cached (with --prior), or a model reference W#EXPERT')
   questions = multiple_choice.read(given.options)
   lines = [['run', 'mix', 'accuracy', 'error', 'per byte', 'questions']]
-  for name, ref in models.items():
-    loaded = reference.load(ref)
+  found = {name: reference.load(ref) for name, ref in models.items()}
+  if modes and all(len(one.members.names) == 1 for one in found.values()):
+    raise BadInput(f'--mix: none of {", ".join(found)} is a DEMix LM or a forest: there is nothing '
+                   'to mix')
+  symbols = [name for name, one in found.items() if domain_symbols(one.config) is not None]
+  if given.force and not symbols:
+    raise BadInput(f'--force={given.force} has no effect: with --options it is for +DomainToken '
+                   'LMs; name an expert as W#EXPERT')
+  for name, loaded in found.items():
     many = len(loaded.members.names) > 1
     for config in [m.config for m in modes if many] or [MixConfig()]:
       cached = given.prior if config.prior == 'cached' else None
-      lm = language_model.of(loaded, config, data=given.data, given=given.force, prior=cached)
+      lm = language_model.of(loaded, config, data=given.data, prior=cached,
+                             given=given.force if name in symbols else '')
       way = f'{config.prior} {config.posterior}' if many else loaded.expert or ''
       with Progress(len(questions), 'questions', f'evaluate {name}') as progress:
-        found = multiple_choice.accuracy(lm, questions, progress.update)
-      lines.append([name, way, f'{found.accuracy:.3f}', f'{found.error:.3f}',
-                    f'{found.per_byte:.3f}', str(found.questions)])
+        right = multiple_choice.accuracy(lm, questions, progress.update)
+      lines.append([name, way, f'{right.accuracy:.3f}', f'{right.error:.3f}',
+                    f'{right.per_byte:.3f}', str(right.questions)])
   print(layout(lines))
   return 0

@@ -45,6 +45,16 @@ def run(argv: list[str]) -> int:
   return code or 0
 
 
+def _one_kind(given, of_models, of_forests=()):
+  """Raises BadInput for a flag that goes with --model where --forest is given, or with --forest
+  where it is not."""
+  for flag in of_models if given.forest else of_forests:
+    if getattr(given, flag):
+      kinds = ('--forest', '--model') if given.forest else ('--model', '--forest')
+      raise BadInput(f'--{flag}={getattr(given, flag)} has no effect with {kinds[0]}, it goes with '
+                     f'{kinds[1]}: leave one of them out')
+
+
 def _model(given) -> str:
   reference.parse(require(given.model, 'model', 'the DEMix LM: W or W@STEP'))
   return given.model
@@ -130,6 +140,8 @@ def _add(verb, argv):
               'not say where it comes from')
   verb.string('data', '', 'token store for the gate; the one the run trained on by default')
   verb.integer('limit', 0, LIMIT, low=0)
+  verb.boolean('verify_data', "compare the gate's text with the digests in its store's card first",
+               default=True)
   verb.boolean('require_gain', 'exit 3 and write nothing if it is no better than its parent')
   given, _ = verb.parse(argv)
   if not given.forest:
@@ -137,7 +149,9 @@ def _add(verb, argv):
   expert = require(given.expert, 'expert', 'the name of the new expert')
   source = require(given['from'].value, 'from', 'the run that trained it')
   reference.parse(source)
-  gate = {'require_gain': given.require_gain, 'data': given.data, 'limit': given.limit}
+  _one_kind(given, ('model', 'workdir'), ('parent',))
+  gate = {'require_gain': given.require_gain, 'data': given.data, 'limit': given.limit,
+          'verify_data': given.verify_data}
   if given.forest:
     from demix.lifecycle import register
     register.add(given.forest, expert, source, parent=given.parent, **gate)
@@ -154,6 +168,7 @@ def _remove(verb, argv):
                "the model's workdir lies in")
   given, _ = verb.parse(argv)
   expert = require(given.expert, 'expert', 'the expert to remove')
+  _one_kind(given, ('model', 'workdir'))
   if given.forest:
     from demix.lifecycle import forests
     print('\n'.join(forests.remove(given.forest, expert, given.search)))

@@ -37,10 +37,16 @@ def run(argv: list[str]) -> int:
   sampling = {name: getattr(given, name) for name in numbers}
   SamplingConfig(**sampling, stop=tuple(given.stop)).check()
   mix.check()
+  if given.prior and given.mix_words and mix.prior != 'cached':
+    raise BadInput(f'--prior={given.prior} with --mix={given["mix_words"].value}, whose prior is '
+                   f'{mix.prior}: a stored prior is a cached one; give --mix=cached')
 
   from demix import language_model
-  lm = language_model.load(model, mix, prior=given.prior or None, data=given.data,
-                           given=given.given)
+  loaded = reference.load(model)
+  if len(loaded.members.names) == 1 and (given.mix_words or mix != MixConfig()):
+    raise BadInput(f'--mix: {model} is one LM: there is nothing to mix; leave it out')
+  lm = language_model.of(loaded, mix, prior=given.prior or None, data=given.data,
+                         given=given.given)
   start = time.monotonic()
   def show(text):
     sys.stdout.write(text)

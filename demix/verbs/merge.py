@@ -20,6 +20,8 @@ def run(argv: list[str]) -> int:
   verb.string('data', '', "token store; the first model's own by default")
   verb.string('guard', '', 'comma-separated domains: exit 3 and write nothing if the result is '
               'worse there than its best parent, on valid text')
+  verb.boolean('verify_data', "compare the valid text with the digests in its store's card first",
+               default=True)
   verb.boolean('unrelated', 'average even models without a common ancestor')
   given, _ = verb.parse(argv)
   if not given.model:
@@ -40,8 +42,14 @@ def run(argv: list[str]) -> int:
       weights = [float(w) for w in weights.split(',')]
     except ValueError:
       raise BadInput(f'--weights={given.weights}: numbers with commas between them') from None
+  estimated = weights in ('posterior', 'argmax')
+  for flag, used in (('domain', estimated), ('data', estimated or given.guard)):
+    if getattr(given, flag) and not used:
+      raise BadInput(f'--{flag}={getattr(given, flag)} has no effect: no valid text is read with '
+                     f'--weights={given.weights}{" and no --guard" if flag == "data" else ""}; '
+                     'leave it out')
   from demix.lifecycle import average
   guard = tuple(d.strip() for d in given.guard.split(',') if d.strip())
   average.merge(models, workdir, weights=weights, domain=given.domain, data=given.data, guard=guard,
-                unrelated=given.unrelated)
+                unrelated=given.unrelated, verify_data=given.verify_data)
   return 0

@@ -15,6 +15,7 @@ from demix.data.store import TokenStore
 from demix.errors import BadInput
 from demix.eval import perplexity, seen
 from demix.eval.sequences import Protocol
+from demix.forest import lineage
 from demix.mix import prior
 from demix.mix.members import WholeMembers
 
@@ -280,6 +281,24 @@ def test_what_was_seen_is_known_by_documents(models, stores, tmp_path):
       'law'}
 
 
+def test_what_it_goes_back_to_was_seen_too(models, adapted, stores, tmp_path):
+  """A run that started from a model, and one without an expert, have seen what that was trained
+  on: by what lies there, and by name where it is gone."""
+  store, known = TokenStore.open(stores.bytes), set(corpus.TRAIN)
+  removed = tmp_path / 'removed'
+  ended = runs.demix('forest', 'remove', f'--model={models["demix"]}', '--expert=code',
+                     f'--workdir={removed}')
+  assert ended.code == 0, ended
+  for workdir, own in ((adapted['better'], {corpus.NOVEL}), (removed, set())):
+    loaded = reference.load(str(workdir))
+    assert seen.domains_of(loaded, store, store.domains) == known | own
+    assert not known <= set(loaded.domains)
+  meta = dict(reference.load(str(adapted['better'])).meta)
+  meta['init'] = meta['init'] | {'workdir': '/gone'}
+  assert lineage.history([meta]) == [(None, '', tuple(meta['init']['trained_on']))]
+  assert set(meta['init']['trained_on']) == known
+
+
 # ---- best, and priors of several models -------------------------------------------------------
 
 
@@ -302,6 +321,11 @@ def test_best_is_by_the_domains_own_text_whoevers_prior_is_used(models, packed, 
   other = runs.demix('evaluate', f'--model={models["demix"]}@20', '--mix=cached',
                      f'--prior={file}')
   assert 'content digest' in other.error(3)
+  for flags, said in ((['--packing=document'], 'cut as continuous 32, the text is scored as docu'),
+                      (['--mix.decay=0.5'], 'estimated with mix.decay=1.0 (now 0.5)')):
+    ended = runs.demix('evaluate', *both[:1], '--mix=cached,best', '--posterior=prefix',
+                       '--domains=code', f'--prior={file}', *flags)
+    assert ended.code == 0 and said in ended.out, ended
   missing = runs.demix('evaluate', *both[:1], '--mix=cached', '--posterior=last_token',
                        f'--prior={file}')
   assert 'no prior of legal by last_token' in missing.error(2)
@@ -319,6 +343,12 @@ def test_best_is_by_the_domains_own_text_whoevers_prior_is_used(models, packed, 
     (['--mix=uniform', '--mix.order=softmax_topk'], 'mix.order=softmax_topk has no effect'),
     (['--mix=updating', '--stride=8'], 'would be counted many times over'),
     (['--mix=uniform', '--prior=p.json'], '--prior has no effect on --mix=uniform'),
+    (['--mix=cached', '--mix.alpha=0.5', '--prior=p.json'], 'mix.alpha=0.5 has no effect with'),
+    (['--mix=cached', '--mix.blocks=9', '--prior=p.json'], 'mix.blocks=9 has no effect with'),
+    (['--mix=cached', '--mix.blocks=1'], 'below mix.blocks_per_update=2'),
+    (['--options=q', '--split=test'], '--split goes with perplexity'),
+    (['--options=q', '--domains=code'], '--domains goes with perplexity'),
+    (['--options=q', '--mix=average', '--prior=p.json'], '--prior has no effect'),
     (['--mix=given', '--save_priors=p.json'], '--save_priors has no effect on --mix=given'),
     (['--mix=given', '--posterior=prefix'], '--posterior=prefix has no effect'),
     (['--posterior=prefix'], '--posterior needs --mix'),

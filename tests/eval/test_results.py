@@ -125,6 +125,17 @@ def test_the_table_of_one_run_has_no_signs_and_missing_rows_are_dashes():
   assert ['lower', 'than', 'dense', '1', 'of', '1'] in squeezed  # pairs only
 
 
+def test_means_over_fewer_domains_are_said():
+  content = made({'law': [2.0, 3.0], 'code': [8.0, 4.0]})
+  for r in content['rows']:
+    r |= {'n': 3, 'tokens': 0 if (r['run'], r['domain']) == ('demix', 'law') else 9}
+  said = '- law: no token of its 3 sequences is scored (prompts only)'
+  assert results.remarks(content).splitlines() == [
+      f'{said} for demix; its means are over fewer domains than those of others']
+  content['rows'][0]['tokens'] = 0
+  assert results.remarks(content).splitlines() == [said]
+
+
 def test_a_wide_table_comes_in_parts_each_with_what_it_is_compared_with():
   ways = [(prior, posterior) for prior in ('uniform', 'updating', 'cached')
           for posterior in ('prefix', 'last_token')]
