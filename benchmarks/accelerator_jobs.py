@@ -26,8 +26,8 @@ def predicted(arms, size: measure.Size, execution: dict) -> int:
   """Bytes that arms which take turns in one process need: all states, and the widest step."""
   from demix.analysis import memory, needs
   from demix.config import Config, TrainConfig
-  from demix.data.data_config import DataConfig
-  from demix.transformer import ExecutionConfig, preset
+  from demix.data.sampling.data_config import DataConfig
+  from demix.model.transformer import ExecutionConfig, preset
   states, steps = 0, []
   for arm in arms:
     config = Config(model=preset(size.preset, ffn=arm), execution=ExecutionConfig(**execution),
@@ -59,7 +59,7 @@ def mesh():
   """One device, whatever is there."""
   import jax
 
-  from demix.sharding import MeshConfig, make_mesh
+  from demix.model.sharding import MeshConfig, make_mesh
   return make_mesh(MeshConfig(), jax.devices()[:1])
 
 
@@ -198,9 +198,9 @@ def attention_check() -> dict:
   import jax.numpy as jnp
   import numpy as np
 
-  from demix.layers import fused_attention
-  from demix.layers.attention import attend, mask_bias
-  from demix.model_config import ModelConfig
+  from demix.model.layers import fused_attention
+  from demix.model.layers.attention import attend, mask_bias
+  from demix.model.model_config import ModelConfig
   B, H, L, K = 2, 4, 256, 64
   name = fused_attention.NATIVE.get(jax.default_backend())
   if not name:
@@ -228,12 +228,12 @@ def generation_check() -> dict:
   """A tiny DEMix LM of random parameters writes 16 tokens, all experts mixed."""
   import jax
 
-  from demix.generate import Writer
+  from demix.generation.generate import Writer
+  from demix.generation.sampling import SamplingConfig
   from demix.mix.members import ExpertMembers
   from demix.mix.mixture import MixConfig, Mixture
-  from demix.params import Model
-  from demix.sampling import SamplingConfig
-  from demix.transformer import preset
+  from demix.model.params import Model
+  from demix.model.transformer import preset
   model = Model(preset(TINY.preset, ffn='demix', experts=measure.EXPERTS, vocab_size=TINY.vocab,
                        max_length=TINY.length))
   mixture = Mixture(ExpertMembers(model), jax.jit(model.init)(0), MixConfig())
@@ -258,8 +258,8 @@ def job(args):
   if kind == 'probe':  # has this Python what is needed, and does its JAX see a device?
     import jax
 
-    from demix.generate import Writer  # noqa: F401
-    from demix.step import Program  # noqa: F401
+    from demix.generation.generate import Writer  # noqa: F401
+    from demix.optim.step import Program  # noqa: F401
     raise SystemExit(jax.devices()[0].platform == 'cpu')
   try:
     if kind in ('sanity', 'cpu'):

@@ -39,12 +39,12 @@ class Arm:
     import jax
     import numpy as np
 
-    from demix import sharding
-    from demix.optimizer import AdamW, OptimizerConfig
-    from demix.params import Model
-    from demix.state import begin
-    from demix.step import Program, make_step
-    from demix.transformer import ExecutionConfig, preset
+    from demix.model import sharding
+    from demix.model.params import Model
+    from demix.model.transformer import ExecutionConfig, preset
+    from demix.optim.optimizer import AdamW, OptimizerConfig
+    from demix.optim.state import begin
+    from demix.optim.step import Program, make_step
     started = time.perf_counter()
     ffn = 'demix' if name in ('demix', 'general') else 'dense'
     self.model = Model(
@@ -90,18 +90,18 @@ def held(analysis) -> int:
 
 
 class Together:
-  """As many dense LMs as there are domains, trained side by side (demix/together.py), each with its
+  """As many dense LMs as there are domains, trained side by side (together.py), each with its
   share of the rows; with the attributes of an Arm. `loss` is that of the first."""
 
   def __init__(self, size: measure.Size, mesh, dtype: str, execution: dict):
     import numpy as np
 
-    from demix import sharding
-    from demix.optimizer import AdamW, OptimizerConfig
-    from demix.params import Model
-    from demix.step import Program
-    from demix.together import chosen, lift
-    from demix.transformer import ExecutionConfig, preset
+    from demix.model import sharding
+    from demix.model.params import Model
+    from demix.model.transformer import ExecutionConfig, preset
+    from demix.optim.optimizer import AdamW, OptimizerConfig
+    from demix.optim.step import Program
+    from demix.optim.together import chosen, lift
     started, runs = time.perf_counter(), len(measure.EXPERTS)
     rows = size.batch // runs
     sharding.check_rows(mesh, rows, ('data', 'fsdp'))
@@ -142,9 +142,9 @@ def start(size: measure.Size):
   import jax
   import numpy as np
 
-  from demix.optimizer import OptimizerConfig
-  from demix.params import Model
-  from demix.transformer import preset
+  from demix.model.params import Model
+  from demix.model.transformer import preset
+  from demix.optim.optimizer import OptimizerConfig
   model = Model(preset(size.preset, vocab_size=size.vocab, max_length=size.length))
   ids = np.random.default_rng(0).integers(
       0, size.vocab, (size.batch, size.length + 1), dtype=np.int32)
@@ -251,7 +251,7 @@ def main():
     os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
   import jax
 
-  from demix.sharding import MeshConfig, make_mesh
+  from demix.model.sharding import MeshConfig, make_mesh
   kind, multiply = jax.devices()[0].device_kind, product(args.dtype)
   sheet = peak(kind)
   print(f'{jax.device_count()} × {kind}, jax {jax.__version__}, {args.dtype}, {args.repeats} rounds'

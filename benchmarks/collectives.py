@@ -39,13 +39,13 @@ def program(size, arm: str, axes: dict, devices: int):
   import jax
   from jax.sharding import NamedSharding
 
-  from demix import sharding, tree
   from demix.analysis.collectives import collectives
-  from demix.optimizer import AdamW, OptimizerConfig
-  from demix.params import Model
-  from demix.state import abstract
-  from demix.step import make_step
-  from demix.transformer import preset
+  from demix.model import sharding, tree
+  from demix.model.params import Model
+  from demix.model.transformer import preset
+  from demix.optim.optimizer import AdamW, OptimizerConfig
+  from demix.optim.state import abstract
+  from demix.optim.step import make_step
   ffn = dict(ffn='demix', experts=measure.EXPERTS) if arm == 'DEMix' else {}
   model = Model(preset(size.preset, vocab_size=size.vocab, max_length=size.length, **ffn))
   adamw = AdamW(OptimizerConfig(), 100)

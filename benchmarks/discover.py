@@ -16,9 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from a checkout
 
-from demix.data.clusters import DiscoverConfig
-from demix.data.discover import discover
-from demix.data.prepare import PrepareConfig, prepare
+from demix.data.clusters.discover import discover
+from demix.data.clusters.fit import DiscoverConfig
+from demix.data.corpus.prepare import PrepareConfig, prepare
 
 
 def write(folder: Path, documents: int, topics: int):

@@ -47,9 +47,9 @@ def main():
   args = parser.parse_args()
   os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
   os.environ['RAYON_NUM_THREADS'] = '1'
-  from demix.data import leakage, vocabulary
-  from demix.data.prepare import PrepareConfig
-  from demix.data.prepare import prepare as make
+  from demix.data.corpus.prepare import PrepareConfig
+  from demix.data.corpus.prepare import prepare as make
+  from demix.data.overlap import leakage, vocabulary
   with tempfile.TemporaryDirectory() as folder:
     folder = Path(folder)
     write(folder / 'in', args.megabytes * 10**6, args.planted)
@@ -58,7 +58,7 @@ def main():
       make(folder / 'in', folder / 'out', config, lambda line: None)
       os._exit(0)
     os.wait()
-    from demix.data.store import TokenStore
+    from demix.data.tokens.store import TokenStore
     store = TokenStore.open(folder / 'out')
     entries = store.card['domains']['law']['splits'].values()
     size, tokens = (sum(e[k] for e in entries) for k in ('bytes', 'tokens'))

@@ -41,7 +41,7 @@ def write_corpus(folder: Path, characters: int = 400_000):
 
 def make_store(folder: Path):
   """An open token store of such a corpus, below `folder`."""
-  from demix.data.prepare import PrepareConfig, prepare
+  from demix.data.corpus.prepare import PrepareConfig, prepare
   write_corpus(folder / 'corpus')
   return prepare(folder / 'corpus', folder / 'store', PrepareConfig(vocab_size=2048),
                  say=lambda text: None)
@@ -51,7 +51,7 @@ class Loader:
   """`batches` batches in a row out of one kind of loader."""
 
   def __init__(self, store, size, sampling, packing, batches, processes=1):
-    from demix.data.batches import Batches, DataConfig
+    from demix.data.sampling.batches import Batches, DataConfig
     weights = {name: 1.0 + i for i, name in enumerate(measure.EXPERTS)}
     config = DataConfig(
         domains=measure.EXPERTS, sampling=sampling, packing=packing, batch_size=size.batch,

@@ -2,10 +2,10 @@
 
   python benchmarks/local_domains.py [--workdir=DIR] [--tokens=6553600] [--epochs=4]
 
-For each domain of the embedded corpus (demix/data/local_domains.py) and for kinds of text that it
+For each domain of the embedded corpus (local_domains.py) and for kinds of text that it
 does not hold: documents and MB; and of those that have enough for a perplexity:
 
-* vocabulary overlap (demix/data/vocabulary.py), in percent of the k most frequent words;
+* vocabulary overlap (demix/data/overlap/vocabulary.py), in percent of the k most frequent words;
 * cross-perplexity, as bits per byte: valid text of one domain (column) under a model of another
   (row). The model is a trigram interpolated by Witten and Bell's rule over 1,024 BPE ids that all
   share, from as many train ids of each;
@@ -31,8 +31,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # from a checkout, without installing
 
-from demix.data import local_domains, local_text, source_code  # noqa: E402
-from demix.data.local_domains import DOMAINS, Domain  # noqa: E402
+from demix.data.local import local_domains, local_text, source_code  # noqa: E402
+from demix.data.local.local_domains import DOMAINS, Domain  # noqa: E402
 
 VOCABULARY = 1024
 LISTS = ('characters', 'data')
@@ -160,7 +160,7 @@ def main():
   parser.add_argument('--tokens', type=int, default=6_553_600)
   parser.add_argument('--epochs', type=float, default=4)
   args = parser.parse_args()
-  from demix.data.prepare import PrepareConfig, prepare
+  from demix.data.corpus.prepare import PrepareConfig, prepare
   DOMAINS.update(OTHERS)
   least_bytes, local_text.LEAST_BYTES = local_text.LEAST_BYTES, 1  # what is too little is shown too
   with tempfile.TemporaryDirectory() as folder:

@@ -53,7 +53,7 @@ def product_flops(config, size: Size) -> int:
   Position tables, biases and norms, which Model.flops_per_token counts as parameters, do no product
   and are left out here: 2% at 1M.
   """
-  from demix.layers.attention import causal_block
+  from demix.model.layers.attention import causal_block
   c, width, block = config, config.heads * config.head_width, causal_block(size.length)
   ends = [min(i + block, size.length) for i in range(0, size.length, block)] if block else []
   square = sum((end - i) * end for i, end in zip([0, *ends], ends)) or size.length ** 2

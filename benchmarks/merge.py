@@ -28,7 +28,7 @@ def make(folder: Path, seed: int, leaves: int, megabytes: float):
   """A checkpoint of random float32 leaves, in this process."""
   import numpy as np
 
-  from demix import checkpoint
+  from demix.checkpoints import checkpoint
   random, shape = np.random.default_rng(seed), (256, int(megabytes * 1e6 / 4 / 256))
   state = {n: random.standard_normal(shape, np.float32) for n in leaf_names(leaves)}
   with checkpoint.Checkpoints(folder) as saver:
@@ -39,7 +39,7 @@ def read(folder: Path):
   """All leaves, verified."""
   import jax
 
-  from demix import checkpoint
+  from demix.checkpoints import checkpoint
   checkpoint.require(folder, 1)
   like = {n: jax.ShapeDtypeStruct(*x) for n, x in checkpoint.names(folder, 1).items()}
   return checkpoint.restore(folder, 1, like)
@@ -50,7 +50,7 @@ def run(mode: str, folder: Path, parents: int):
   import jax
   import numpy as np
 
-  from demix import checkpoint
+  from demix.checkpoints import checkpoint
   from demix.lifecycle import average
   jax.devices()
   out, names = folder / 'out', [f'p{i}' for i in range(parents)]

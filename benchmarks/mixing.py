@@ -26,12 +26,12 @@ def main():
   import numpy as np
 
   from demix.eval.perplexity import token_nll
-  from demix.generate import Writer
+  from demix.generation.generate import Writer
+  from demix.generation.sampling import SamplingConfig
   from demix.mix.members import ExpertMembers, WholeMembers
   from demix.mix.mixture import MixConfig, Mixture
-  from demix.params import Model, expert_slice
-  from demix.sampling import SamplingConfig
-  from demix.transformer import ExecutionConfig, preset
+  from demix.model.params import Model, expert_slice
+  from demix.model.transformer import ExecutionConfig, preset
   size, E = measure.SIZES[args.size], len(measure.EXPERTS)
   print(f'{size.preset}: T {size.length}, batch {size.batch}, V {size.vocab}, {args.of} of {E}, '
         f'float32, {args.repeats} rounds\n{measure.machine()}', flush=True)

@@ -42,7 +42,7 @@ seqio.TaskRegistry.add(
                                              dtype=tf.string, rank=0)}})
 '''
 CONFIG = '''from ml_collections import ConfigDict
-from demix.data.prepare import PrepareConfig
+from demix.data.corpus.prepare import PrepareConfig
 from demix.settings import to_dict
 get_config = lambda: ConfigDict(to_dict(PrepareConfig(corpus={!r})))
 '''
@@ -155,7 +155,7 @@ def spread(values):
 
 def encoding(folder: Path, repeats: int):
   """Prints rates of encoding 8 MB of documents: ours, and the library's with whole documents."""
-  from demix.data.tokenizer import BpeTokenizer
+  from demix.data.tokens.tokenizer import BpeTokenizer
   sample, size = [], 0
   for text in texts(folder):
     sample.append(text)

@@ -76,9 +76,9 @@ def efficiency(arm, cluster, devices, model, tokens: int, overlap: float) -> flo
 
 def models() -> dict:
   """{name: (shared parameters, those of one expert's FFNs, FLOPs a token)} of the papers' sizes."""
-  from demix import tree
-  from demix.params import Model
-  from demix.transformer import preset
+  from demix.model import tree
+  from demix.model.params import Model
+  from demix.model.transformer import preset
   out = {}
   for name in ('125m', '1.3b'):
     model = Model(preset(f'gpt-{name}', vocab_size=50264, max_length=1024, ffn='demix',

@@ -26,10 +26,10 @@ class Arm:
     import jax
     import numpy as np
 
-    from demix.optimizer import AdamW, OptimizerConfig
-    from demix.params import Model
-    from demix.step import make_step
-    from demix.transformer import ExecutionConfig, preset
+    from demix.model.params import Model
+    from demix.model.transformer import ExecutionConfig, preset
+    from demix.optim.optimizer import AdamW, OptimizerConfig
+    from demix.optim.step import make_step
     kind, _, walk = name.partition('/')
     ffn, balanced = ARMS[kind]
     config = preset(size.preset, ffn=ffn, vocab_size=size.vocab, max_length=size.length,

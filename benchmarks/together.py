@@ -22,7 +22,7 @@ class Apart:
   """Steps of runs one after another: of each a few, with the numbers read one step later."""
 
   def __init__(self, programs, states):
-    from demix.together import Each
+    from demix.optim.together import Each
     self.runs = [Each([program], [state]) for program, state in zip(programs, states)]
 
   def round(self, batches, steps: int):
@@ -40,7 +40,7 @@ class Together:
   """Steps of all runs at once, by one way of lifting."""
 
   def __init__(self, word, programs, states):
-    from demix.together import lift
+    from demix.optim.together import lift
     self.lifted = lift(word, programs, states)
 
   def round(self, batches, steps: int):
@@ -59,12 +59,12 @@ def ways(size: measure.Size, experts: int, rows: int, lifts) -> dict:
   import jax
   import numpy as np
 
-  from demix.optimizer import AdamW, OptimizerConfig
-  from demix.params import Model
-  from demix.sharding import MeshConfig, make_mesh
-  from demix.state import begin
-  from demix.step import Program
-  from demix.transformer import preset
+  from demix.model.params import Model
+  from demix.model.sharding import MeshConfig, make_mesh
+  from demix.model.transformer import preset
+  from demix.optim.optimizer import AdamW, OptimizerConfig
+  from demix.optim.state import begin
+  from demix.optim.step import Program
   model = Model(preset(size.preset, ffn='dense', vocab_size=size.vocab, max_length=size.length))
   adamw = AdamW(OptimizerConfig(schedule='constant', warmup_share=0.0), 1000)
   program = Program(model, adamw, '', 1, True, 1, make_mesh(MeshConfig()))

@@ -15,9 +15,9 @@ weight decay, 8 % warm-up, linear decay, tokens per update, fresh moments. The p
 
 from configs.quickstart import LENGTH, RECIPES
 from demix.config import Config, InitConfig, TrainConfig, config_dict
-from demix.data.data_config import DataConfig
-from demix.model_config import ExecutionConfig
-from demix.optimizer_config import OptimizerConfig
+from demix.data.sampling.data_config import DataConfig
+from demix.model.model_config import ExecutionConfig
+from demix.optim.optimizer_config import OptimizerConfig
 
 ARMS = {
     'demix': dict(expert='nearest', trainable='ffn'),

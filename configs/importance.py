@@ -12,8 +12,8 @@ used. Claim: lower perplexity on the target than dense on the corpus as it is
 """
 
 from configs.quickstart import get_config as dense
-from demix.data.importance import shares
-from demix.data.store import TokenStore
+from demix.data.sampling.importance import shares
+from demix.data.tokens.store import TokenStore
 
 
 def get_config(arg=''):

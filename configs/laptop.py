@@ -8,9 +8,9 @@ Time and speed: benchmarks/README.md. Not run to its end here: no number of its 
 """
 
 from demix.config import Config, TrainConfig, config_dict
-from demix.data.data_config import DataConfig
-from demix.model_config import ExecutionConfig, preset
-from demix.optimizer_config import OptimizerConfig
+from demix.data.sampling.data_config import DataConfig
+from demix.model.model_config import ExecutionConfig, preset
+from demix.optim.optimizer_config import OptimizerConfig
 
 ARMS = {
     'dense': {},

@@ -11,9 +11,9 @@ over dense's, experts given, geometric mean of the four domains, seeds 0, 1, 2: 
 
 from configs.quickstart_corpus import TRAIN
 from demix.config import Config, TrainConfig, config_dict
-from demix.data.data_config import DataConfig
-from demix.model_config import ExecutionConfig, ModelConfig
-from demix.optimizer_config import OptimizerConfig
+from demix.data.sampling.data_config import DataConfig
+from demix.model.model_config import ExecutionConfig, ModelConfig
+from demix.optim.optimizer_config import OptimizerConfig
 
 LENGTH = 128         # tokens of a sequence
 SEQUENCES = 51_200   # of an arm: 6.55M tokens

@@ -3,7 +3,7 @@
   python -m demix prepare --input=local_text --out=W/corpus --config=configs/quickstart_corpus.py
 """
 
-from demix.data.prepare import PrepareConfig
+from demix.data.corpus.prepare import PrepareConfig
 from demix.settings import to_dict
 
 TRAIN = ('cplusplus', 'science', 'sessions', 'stubs')

@@ -10,6 +10,6 @@ __all__ = ['load']
 
 
 def load(model: str, mix=None, **options):
-  """A language model to score, write and look at; see demix.language_model.load."""
-  from demix import language_model  # not before it is needed: JAX takes seconds to import
+  """A language model to score, write and look at; see demix.loading.language_model.load."""
+  from demix.loading import language_model  # not before it is needed: JAX takes seconds to import
   return language_model.load(model, mix, **options)

@@ -29,8 +29,8 @@ def main(argv: list[str]) -> int:
   try:
     code = _run(argv)
     sys.stdout.flush()
-    if 'demix.processes' in sys.modules:
-      sys.modules['demix.processes'].leave(code)
+    if 'demix.runtime.processes' in sys.modules:
+      sys.modules['demix.runtime.processes'].leave(code)
     return code
   except BrokenPipeError:  # `… | head`
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

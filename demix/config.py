@@ -10,13 +10,13 @@ import xxhash
 from ml_collections import ConfigDict
 
 from demix import settings
-from demix.data.data_config import DataConfig
-from demix.data.store import TokenStore
+from demix.data.sampling.data_config import DataConfig
+from demix.data.tokens.store import TokenStore
 from demix.errors import BadInput
-from demix.mesh_config import MeshConfig
-from demix.model_config import ExecutionConfig, ModelConfig
+from demix.model.mesh_config import MeshConfig
+from demix.model.model_config import ExecutionConfig, ModelConfig
 from demix.names import NEAREST
-from demix.optimizer_config import OptimizerConfig
+from demix.optim.optimizer_config import OptimizerConfig
 from demix.settings import option
 
 
@@ -29,7 +29,7 @@ class TrainConfig:
   compute_dtype: str = option('float32', 'float32, or bfloat16 with float32 master weights',
                               choices=('float32', 'bfloat16'))
   lift: str = option('auto', 'several experts in one process (forest run --together): threads, '
-                     'map, vmap (demix/together.py) or auto', operational=True,
+                     'map, vmap (demix/optim/together.py) or auto', operational=True,
                      choices=('auto', 'threads', 'map', 'vmap'))
   log_every: int = option(10, 'steps between lines of metrics.jsonl', operational=True, low=1)
   eval_every: int = option(0, 'steps between evaluations on valid; 0: only at the end',
@@ -54,7 +54,7 @@ TRAINABLE = {'all': '', 'ffn': '/ffn/'}
 
 @dataclasses.dataclass(frozen=True)
 class InitConfig:
-  """What a run starts from (demix/start.py). `model` and `limit` may change on resume; what they
+  """What a run starts from (start.py). `model` and `limit` may change on resume; what they
   led to (step and content digest of that model, the expert's name) is identity."""
   model: str = option('', "model that the run starts from: W, W@STEP or W#EXPERT; '': fresh "
                           'parameters. It brings its own model.*; a dense one with '
@@ -115,7 +115,7 @@ def complete(config: Config, store: TokenStore, saved: dict | None = None,
     config: as the user gave it. store: the open token store it names.
     saved: identity fields of the workdir, when it is a run already: a schedule that was laid out
       for the steps of the first start keeps that length when more steps are asked for.
-    parent: the model that the run starts from, in place of config.model (demix/start.py).
+    parent: the model that the run starts from, in place of config.model (demix/training/start.py).
     named: dotted names that were given on the command line, be it with their default.
 
   Raises:

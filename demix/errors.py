@@ -10,7 +10,7 @@ class DemixError(Exception):
   """Failed (exit 1). The base of every error this package raises on purpose.
 
   `everywhere`: with several processes, all of them raise it at the same point
-  (demix/processes.py).
+  (demix/runtime/processes.py).
   """
   code = 1
   everywhere = False

@@ -52,7 +52,7 @@ echo; echo "2/4 train: dense, and its first half as the seed of all"
 domains="$(python - "$workdir/corpus" <<'PYTHON'
 import sys
 
-from demix.data.store import TokenStore
+from demix.data.tokens.store import TokenStore
 
 store = TokenStore.open(sys.argv[1])
 print(','.join(d for d in store.domains if store.roles[d] == 'train'))

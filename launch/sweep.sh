@@ -12,7 +12,7 @@ cd "$root"
 config="$1" dir="$2"; shift 2
 case "$dir" in /*) ;; *) dir="$here/$dir" ;; esac
 install_requirements requirements.txt
-runs="$(python -m demix.sweep "$config")"
+runs="$(python -m demix.fleet.sweep "$config")"
 while IFS=$'\t' read -r name flags; do
   echo "== $name"
   eval "set_flags=($flags)"

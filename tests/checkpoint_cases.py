@@ -1,4 +1,4 @@
-"""What the tests of demix/checkpoint.py share: states, saving them, and damage."""
+"""What the tests of demix/checkpoints/checkpoint.py share: states, saving them, and damage."""
 
 import random
 from pathlib import Path
@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from demix import checkpoint
-from demix.checkpoint import Checkpoints
+from demix.checkpoints import checkpoint
+from demix.checkpoints.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[1]
 

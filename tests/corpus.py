@@ -10,7 +10,7 @@ import json
 import random
 from pathlib import Path
 
-from demix.data.prepare import PrepareConfig, prepare
+from demix.data.corpus.prepare import PrepareConfig, prepare
 
 WORDS = {
     'legal': 'whereas the party shall hereby agree, pursuant to section 12; any lessee of record, '

@@ -1,4 +1,4 @@
-"""Trains on meshes of 1 to 8 devices and prints losses and digests as JSON (tests/test_meshes.py).
+"""Trains on meshes of 1 to 8 devices and prints losses and digests as JSON (test_meshes.py).
 
 A program of its own: tests of exactness must not share a process with virtual devices.
 
@@ -14,10 +14,12 @@ from pathlib import Path
 
 import jax
 
-from demix import digests, settings, sharding
+from demix import settings
 from demix.config import Config
-from demix.run import Run
-from demix.train import Loop
+from demix.model import sharding
+from demix.runtime import digests
+from demix.training.run import Run
+from demix.training.train import Loop
 
 ON = {'1': {}, '2': dict(data=2), '4': dict(expert=4), '8': dict(expert=4, data=2),
       'fsdp 8': dict(fsdp=8), 'model 2': dict(model=2), 'data 8': dict(data=8),

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from xla_flags import FAST
 
-from demix import tree
-from demix.optimizer import AdamW, OptimizerConfig
-from demix.params import Model
-from demix.step import make_step
-from demix.transformer import ExecutionConfig, ModelConfig
+from demix.model import tree
+from demix.model.params import Model
+from demix.model.transformer import ExecutionConfig, ModelConfig
+from demix.optim.optimizer import AdamW, OptimizerConfig
+from demix.optim.step import make_step
 
 EXPERTS = ('law', 'bio', 'web', 'art')  # not in alphabetical order
 V, L, ROWS = 37, 6, 8
@@ -96,7 +96,7 @@ def steps(model, params, batches, *, balanced=True, accumulation=1, domains=4, *
 
 def gradient(model, params, batch, *, balanced=False):
   """Loss and flat canonical gradients of the token-mean, without make_step."""
-  from demix import loss
+  from demix.model import loss
   def mean(params):
     hidden, _, _ = model.apply(params, batch['tokens_BL'], batch['domain_B'], balanced=balanced)
     nll = loss.nll(hidden, model.output_table(params), batch['targets_BL'], V)

@@ -16,8 +16,9 @@ import sys
 import time
 from pathlib import Path
 
-from demix import checkpoint, metrics
 from demix.__main__ import main
+from demix.checkpoints import checkpoint
+from demix.training import metrics
 
 ROOT = Path(__file__).parents[1]
 
@@ -84,7 +85,7 @@ def fresh(*argv, env=None) -> Ended:
 def devices(count: int) -> dict:
   """Environment of a process with so many virtual devices, else compiled as this one compiles."""
   # Devices of a loaded machine wait for one another longer than the 40 s that XLA gives them; and
-  # they need more threads than XLA makes (demix/processes.py: _make_room).
+  # they need more threads than XLA makes (demix/runtime/processes.py: _make_room).
   more = (f'--xla_force_host_platform_device_count={count} '
           '--xla_cpu_collective_call_terminate_timeout_seconds=300')
   return {'XLA_FLAGS': f'{os.environ.get("XLA_FLAGS", "")} {more}', 'JAX_PLATFORMS': 'cpu',
@@ -95,7 +96,7 @@ NURSERY = '''
 import json, os, runpy, sys, warnings
 with warnings.catch_warnings():
   warnings.simplefilter('ignore')
-  import demix.train, demix.eval.protocol, orbax.checkpoint, tensorboardX
+  import demix.training.train, demix.eval.protocol, orbax.checkpoint, tensorboardX
 for line in sys.stdin:
   ask = json.loads(line)
   if 'wait' in ask:

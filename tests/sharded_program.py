@@ -1,6 +1,6 @@
 """Compiles and runs the training step on meshes of 8 devices and prints what it found as JSON.
 
-A program of its own (see tests/test_sharding.py): virtual devices change how XLA splits work over
+A program of its own (see test_sharding.py): virtual devices change how XLA splits work over
 threads, so tests of exactness must not share a process with them.
 
   XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/sharded_program.py CASE…
@@ -17,10 +17,11 @@ import models
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from demix import sharding, together, tree
 from demix.analysis.collectives import collectives
 from demix.eval import perplexity
-from demix.step import Program, make_step
+from demix.model import sharding, tree
+from demix.optim import together
+from demix.optim.step import Program, make_step
 
 # Every leaf has another shape than those of other kinds, whole or split in two.
 SIZES = dict(d_model=20, heads=4, kv_heads=2, head_size=6, d_ff=28, vocab_size=41, max_length=7)

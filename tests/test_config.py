@@ -19,17 +19,17 @@ from demix.config import (
   domain_symbols,
   identity,
 )
-from demix.data.batches import DataConfig
-from demix.data.store import TokenStore
+from demix.data.sampling.batches import DataConfig
+from demix.data.tokens.store import TokenStore
 from demix.errors import BadInput
 from demix.mix.mixture import MixConfig
-from demix.optimizer import OptimizerConfig
-from demix.transformer import ModelConfig
+from demix.model.transformer import ModelConfig
+from demix.optim.optimizer import OptimizerConfig
 from demix.verbs.flags import Help, Verb
 
 FILE = '''
 from demix.config import Config, config_dict
-from demix.data.batches import DataConfig
+from demix.data.sampling.batches import DataConfig
 
 def get_config(arg='small'):
   weights = {'legal': 1.0, 'code': 1.0}
@@ -149,7 +149,7 @@ def test_what_cannot_be_meant_is_refused_in_one_line(flag, text):
     ('get = 1', "no attribute 'get_config'"),
     ('def get_config():\n  return 1 / 0', 'ZeroDivisionError'),
     ('def get_config():\n  return {}', 'get_config() returned dict'),
-    ('from demix.transformer import preset\ndef get_config():\n  preset("gpt-125")',
+    ('from demix.model.transformer import preset\ndef get_config():\n  preset("gpt-125")',
      "did you mean 'gpt-125m'"),
     ('from ml_collections import ConfigDict\ndef get_config():\n'
      '  return ConfigDict({"modle": {}})', "config.modle: no such key (did you mean 'model'?)"),

@@ -15,15 +15,16 @@ import jax.numpy as jnp
 import pytest
 from cases import some
 
-from demix import settings, sweep
+from demix import settings
 from demix.config import Config, complete
-from demix.data.prepare import PrepareConfig
+from demix.data.corpus.prepare import PrepareConfig
 from demix.data.sources import corpus
+from demix.fleet import sweep
+from demix.loading.reference import Reference, parse
 from demix.mix.mixture import MixConfig
-from demix.optimizer import AdamW
-from demix.params import Model
-from demix.reference import Reference, parse
-from demix.step import make_step
+from demix.model.params import Model
+from demix.optim.optimizer import AdamW
+from demix.optim.step import make_step
 from demix.verbs.flags import Verb, load_config
 
 ROOT = Path(__file__).parents[1]
@@ -233,8 +234,8 @@ def test_there_is_a_sweep():
 def test_sweep_prints_a_folder_and_flags_a_shell_can_read(tmp_path):
   (tmp_path / 'a.py').write_text(
       'def get_hyper():\n  return [{"seed": 1, "data.domains": "a b"}, {"seed": 2}]')
-  out = subprocess.run([sys.executable, '-m', 'demix.sweep', str(tmp_path / 'a.py')], text=True,
-                       cwd=ROOT, capture_output=True, check=True).stdout
+  out = subprocess.run([sys.executable, '-m', 'demix.fleet.sweep', str(tmp_path / 'a.py')],
+                       text=True, cwd=ROOT, capture_output=True, check=True).stdout
   first, second = out.splitlines()
   assert first.split('\t')[1] == "--config.seed=1 '--config.data.domains=a b'"
   assert second == 'seed-2\t--config.seed=2'

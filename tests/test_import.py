@@ -11,45 +11,22 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# Files and folders of demix/, in levels: a file imports from its own folder and from levels above.
-# Differences from the design's list: what everything stands on is named (first line), `checkpoint`
-# brings its parts, and `config` stands above the loop, which takes a whole Config.
+# Rooms of demix/ (and files of its root), in levels: a file imports from its own room and from
+# levels above it in this list. docs/architecture.md has the drawing.
 LEVELS = (
-    'errors names settings digests workdir progress',
-    'model_config optimizer_config mesh_config sampling_config',
-    'layers tree loss metrics clock data merge processes',
-    'transformer sharding optimizer',
-    'params',
-    'state',
-    'step',
-    'together',
-    'catalogue leaves checkpoint mix',
-    'forest',
-    'config',
-    'horizon reference',
-    'eval',
-    'start lifecycle sampling',
-    'run generate',
-    'train',
-    'grow',
-    'analysis',
-    'language_model',
-    'multiple_choice',
-    'analysis',
-    'verbs',
-    'sweep',
-    '__main__',
-)
+    'errors', 'names settings', 'runtime merge', 'data', 'model', 'checkpoints', 'optim', 'mix',
+    'forest', 'config', 'generation', 'loading', 'eval', 'training', 'lifecycle', 'analysis',
+    'verbs', 'fleet', '__main__')
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names.split()}
-# Inside a level of single files: these may import each other, in this order.
-ORDER = ('errors', 'names', 'settings', 'workdir', 'digests', 'catalogue', 'leaves', 'checkpoint')
+# The same inside of data/.
+DATA = ('sources', 'tokens', 'overlap', 'local', 'sampling', 'corpus', 'clusters')
 HEAVY = {'jax', 'jaxlib', 'flax', 'optax', 'orbax', 'grain', 'numpy', 'ml_collections',
          'tokenizers'}
 FILES = sorted((ROOT / 'demix').rglob('*.py'))
 
 
 def imports(path: Path) -> list[str]:
-  """Every module or name that a file imports, wherever in it: 'demix.data.store', 'jax' …"""
+  """Every module or name that a file imports, wherever in it: 'demix.data.tokens.store', 'jax' …"""
   found = []
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.Import):
@@ -61,17 +38,27 @@ def imports(path: Path) -> list[str]:
 
 
 def unit(module: str) -> str:
-  """'demix.data.store.TokenStore' → 'data': the file or folder right below demix/."""
+  """'demix.data.tokens.store.TokenStore' → 'data': the file or folder right below demix/."""
   return module.split('.')[1]
 
 
 def allowed(importer: Path, module: str) -> bool:
-  own, other = importer.relative_to(ROOT / 'demix').parts[0].removesuffix('.py'), unit(module)
-  if other == own or other == '__version__':
-    return True
-  if LEVEL[other] == LEVEL[own]:
-    return own in ORDER and other in ORDER and ORDER.index(other) < ORDER.index(own)
-  return LEVEL[other] < LEVEL[own]
+  parts = importer.relative_to(ROOT / 'demix').with_suffix('').parts
+  own, other = parts[0], unit(module)
+  if own == other == 'data':
+    of = module.split('.')[2]
+    return of not in DATA or parts[1] not in DATA or DATA.index(of) <= DATA.index(parts[1])
+  return other in (own, '__version__') or LEVEL[other] < LEVEL[own]
+
+
+def test_rooms_are_small_and_say_what_they_hold():
+  """At most 8 files at the root, 12 in a room; each room has a docstring of at most 5 lines."""
+  for room in [ROOT / 'demix', *(p for p in (ROOT / 'demix').rglob('*') if p.is_dir())]:
+    files = [p for p in room.glob('*.py') if p.name != '__init__.py']
+    if files:
+      assert len(files) <= (8 if room.name == 'demix' else 12), room
+      text = ast.get_docstring(ast.parse((room / '__init__.py').read_text()))
+      assert text and len(text.splitlines()) <= 5, room
 
 
 def test_every_file_has_a_level():
@@ -82,7 +69,7 @@ def test_every_file_has_a_level():
 @pytest.mark.parametrize('path', FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_a_file_imports_from_its_own_folder_and_levels_above(path):
   if path == ROOT / 'demix/__init__.py':
-    assert imports(path) == ['demix.language_model']  # inside a function
+    assert imports(path) == ['demix.loading.language_model']  # inside a function
     return
   wrong = [m for m in imports(path) if m.split('.')[0] == 'demix' and not allowed(path, m)]
   assert wrong == []
@@ -90,13 +77,15 @@ def test_a_file_imports_from_its_own_folder_and_levels_above(path):
 
 def test_levels_say_no():
   demix = ROOT / 'demix'
-  for file, module in (('data/store.py', 'demix.tree'), ('params.py', 'demix.run.Run'),
-                       ('eval/results.py', 'demix.train'), ('layers/norms.py', 'demix.data.store'),
-                       ('errors.py', 'demix.settings'), ('transformer.py', 'demix.sharding')):
+  for file, module in (
+      ('data/tokens/store.py', 'demix.model.tree'), ('model/params.py', 'demix.training.run.Run'),
+      ('eval/results.py', 'demix.training.train'), ('errors.py', 'demix.settings'),
+      ('model/layers/norms.py', 'demix.checkpoints.leaves'),
+      ('data/tokens/store.py', 'demix.data.corpus.card'), ('settings.py', 'demix.names')):
     assert not allowed(demix / file, module), (file, module)
 
 
-@pytest.mark.parametrize('path', [p for p in FILES if p.parent.name == 'data' or p.name in (
+@pytest.mark.parametrize('path', [p for p in FILES if 'data' in p.parts or p.name in (
     'errors.py', 'settings.py', 'workdir.py', 'catalogue.py', 'digests.py', 'progress.py',
     'metrics.py', '__main__.py', '__init__.py')], ids=lambda p: str(p.relative_to(ROOT)))
 def test_data_and_the_ground_import_no_jax(path):
@@ -187,8 +176,9 @@ def test_prepare_imports_no_jax(tmp_path):
   assert 'numpy' in heavy and not heavy & {'jax', 'jaxlib', 'flax', 'grain', 'orbax'}
 
 
-@pytest.mark.parametrize('module', ['demix', 'demix.data.packing', 'demix.data.store',
-                                    'demix.catalogue', 'demix.metrics', 'demix.workdir'])
+@pytest.mark.parametrize('module', [
+    'demix', 'demix.data.tokens.packing', 'demix.data.tokens.store', 'demix.checkpoints.catalogue',
+    'demix.training.metrics', 'demix.runtime.workdir'])
 def test_light_modules_import_no_jax(module):
   code = f'import sys, {module}; print({{"jax", "flax", "grain", "orbax"}} & set(sys.modules))'
   out = subprocess.run([sys.executable, '-c', code], cwd=ROOT, text=True, capture_output=True,

@@ -8,9 +8,9 @@ import orjson
 import pytest
 
 from demix import names
-from demix.data import store
-from demix.data.clusterer import Clusterer
-from demix.data.prepare import PrepareConfig, prepare
+from demix.data.clusters.clusterer import Clusterer
+from demix.data.corpus.prepare import PrepareConfig, prepare
+from demix.data.tokens import store
 from demix.errors import BadInput
 from demix.forest import manifest, plan
 from demix.lifecycle import forests

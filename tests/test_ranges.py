@@ -11,13 +11,13 @@ import demix
 from demix import settings
 from demix.config import Config
 from demix.errors import BadInput
-from demix.layers.feed_forward import ACTIVATIONS
-from demix.layers.norms import KINDS
 from demix.mix import combine, evidence, gate
 from demix.mix.mix_config import MixConfig
-from demix.model_config import ExecutionConfig, ModelConfig
+from demix.model.ffn.feed_forward import ACTIVATIONS
+from demix.model.layers.norms import KINDS
+from demix.model.model_config import ExecutionConfig, ModelConfig
+from demix.model.transformer import REMAT
 from demix.settings import default_of
-from demix.transformer import REMAT
 
 
 def classes() -> list:

@@ -6,7 +6,7 @@ import pytest
 
 from demix import settings
 from demix.config import Config
-from demix.data.prepare import PrepareConfig
+from demix.data.corpus.prepare import PrepareConfig
 from demix.errors import BadInput
 from demix.settings import option
 

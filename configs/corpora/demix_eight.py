@@ -9,7 +9,7 @@ domain is the nearest public set, and numbers are not the paper's. All are cut t
 `max_bytes`, as balanced sampling reads them.
 """
 
-from demix.data.prepare import PrepareConfig
+from demix.data.corpus.prepare import PrepareConfig
 from demix.settings import to_dict
 
 HELDOUT = 0.005  # of train, for each of valid and test that a data set lacks

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from demix import sharding, tree
 from demix.analysis.liveness import Program, nbytes, peak
 from demix.config import TRAINABLE, Config
 from demix.errors import BadInput
-from demix.optimizer import AdamW
-from demix.params import Model
-from demix.state import abstract
-from demix.step import make_step
+from demix.model import sharding, tree
+from demix.model.params import Model
+from demix.optim.optimizer import AdamW
+from demix.optim.state import abstract
+from demix.optim.step import make_step
 
 KINDS = ('parameters', 'optimizer', 'batch', 'gradients', 'activations', 'logits')
 

@@ -6,10 +6,10 @@ import jax
 
 from demix.analysis import memory
 from demix.config import Config, complete
-from demix.data.store import TokenStore
+from demix.data.tokens.store import TokenStore
 from demix.errors import BadInput
-from demix.progress import quantity
-from demix.sharding import AXES
+from demix.model.sharding import AXES
+from demix.runtime.progress import quantity
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ What gates and guards compare by. A DEMix LM is never routed by default.
 import dataclasses
 
 from demix.config import Config, domain_symbols
-from demix.data.store import TokenStore
+from demix.data.tokens.store import TokenStore
 from demix.errors import BadInput
 from demix.eval.mixing import Evaluation
 from demix.eval.nearest import Nearest, compare

@@ -10,9 +10,9 @@ import numpy as np
 import orjson
 
 from demix import settings
-from demix.data.batches import domain_row, stack
-from demix.data.packing import empty_row
-from demix.data.store import TokenStore
+from demix.data.sampling.batches import domain_row, stack
+from demix.data.tokens.packing import empty_row
+from demix.data.tokens.store import TokenStore
 from demix.errors import BadInput
 from demix.eval.nearest import Nearest, compare
 from demix.eval.perplexity import Part, Score

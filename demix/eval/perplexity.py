@@ -10,13 +10,14 @@ import math
 import jax
 import numpy as np
 
-from demix import loss, processes
-from demix.data.batches import domain_row, stack
-from demix.data.packing import empty_row
-from demix.data.store import TokenStore
+from demix.data.sampling.batches import domain_row, stack
+from demix.data.tokens.packing import empty_row
+from demix.data.tokens.store import TokenStore
 from demix.errors import BadInput
 from demix.eval.sequences import Protocol
-from demix.params import Model
+from demix.model import loss
+from demix.model.params import Model
+from demix.runtime import processes
 
 
 @dataclasses.dataclass

@@ -5,20 +5,20 @@ import functools
 
 import numpy as np
 
-from demix import reference
 from demix.config import digest, domain_symbols
-from demix.data.leakage import flagged
-from demix.data.store import TokenStore
+from demix.data.overlap.leakage import flagged
+from demix.data.tokens.store import TokenStore
 from demix.errors import BadInput
 from demix.eval import mixing, perplexity, results, seen
 from demix.eval.given import find_nearest
 from demix.eval.sequences import Protocol
 from demix.eval.ways import Ways, clustered, ways
+from demix.loading import reference
 from demix.mix import prior
 from demix.mix.mixture import MixConfig
-from demix.progress import Progress
+from demix.runtime.progress import Progress
+from demix.runtime.workdir import write_atomic
 from demix.settings import nearest
-from demix.workdir import write_atomic
 
 
 @dataclasses.dataclass(frozen=True)

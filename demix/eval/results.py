@@ -7,7 +7,7 @@ import platform
 import orjson
 
 from demix.errors import BadInput
-from demix.workdir import write_atomic
+from demix.runtime.workdir import write_atomic
 
 VERSION = 2  # 1 had no `protocol`, `n` and `notes`; nll, perplexity, bits_per_byte were never null
 _WIDTH = 120  # characters of a table
@@ -244,7 +244,7 @@ def priors(content: dict) -> str:
 
 def ledger(content: dict) -> str:
   """What each run cost: tokens, FLOPs, parameters, seconds."""
-  from demix.progress import duration, quantity
+  from demix.runtime.progress import duration, quantity
   lines = [['ledger', 'train tokens', 'train FLOPs', 'params', 'active', 'time']]
   for name, run in content['runs'].items():
     lines.append([name, quantity(run['train_tokens']), quantity(run['train_flops']),

@@ -6,7 +6,7 @@ Names are not enough: experts on clusters have seen text that the labelled store
 import numpy as np
 import xxhash
 
-from demix.data.store import TokenStore, read_card
+from demix.data.tokens.store import TokenStore, read_card
 from demix.errors import BadInput
 from demix.eval.sequences import shuffled
 

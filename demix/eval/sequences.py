@@ -8,8 +8,8 @@ import dataclasses
 
 import numpy as np
 
-from demix.data.packing import PACKINGS, Documents, Stream
-from demix.data.store import TokenStore
+from demix.data.tokens.packing import PACKINGS, Documents, Stream
+from demix.data.tokens.store import TokenStore
 from demix.errors import BadInput
 from demix.settings import nearest
 

@@ -4,7 +4,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from demix import catalogue
+from demix.checkpoints import catalogue
 from demix.errors import BadInput, DemixError
 
 

@@ -21,11 +21,12 @@ from pathlib import Path
 import orjson
 import xxhash
 
-from demix import catalogue, digests
+from demix.checkpoints import catalogue
 from demix.errors import BadInput, Locked
 from demix.names import SEED, inside, is_name, shown, why_no_expert
+from demix.runtime import digests
+from demix.runtime.workdir import LOCK, hold, write_atomic
 from demix.settings import nearest
-from demix.workdir import LOCK, hold, write_atomic
 
 VERSION = 1
 FILE = 'forest.json'

@@ -1,5 +1,5 @@
 """Adding an expert to a DEMix LM: the FFNs of a run that started from one of its experts with the
-trunk frozen (demix/start.py), under a name of their own.
+trunk frozen (demix/training/start.py), under a name of their own.
 
 Trunk and old experts stay as they are to the bit; the new checkpoint has the same leaves under the
 same names with the same content digests, and the new expert's beside them.
@@ -8,7 +8,7 @@ same names with the same content digests, and the new expert's beside them.
 from pathlib import Path
 
 from demix.config import data_fingerprint
-from demix.data.store import TokenStore
+from demix.data.tokens.store import TokenStore
 from demix.errors import BadInput, Refused
 from demix.eval import perplexity
 from demix.eval.sequences import Protocol
@@ -22,10 +22,10 @@ from demix.lifecycle.workdirs import (
   with_entry,
   write,
 )
+from demix.model.params import Model
 from demix.names import why_no_expert
-from demix.params import Model
+from demix.optim.state import COUNTS
 from demix.settings import flatten
-from demix.state import COUNTS
 
 
 def add(model: str, expert: str, source: str, workdir: str, *, require_gain: bool = False,

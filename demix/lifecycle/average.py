@@ -11,24 +11,26 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from demix import checkpoint, reference, settings
+from demix import settings
+from demix.checkpoints import checkpoint
+from demix.checkpoints.leaves import Later, in_order
 from demix.config import Config, InitConfig
-from demix.data.store import TokenStore
+from demix.data.tokens.store import TokenStore
 from demix.errors import BadInput, Refused
 from demix.eval import mixing
 from demix.eval.given import score_given
 from demix.eval.sequences import Protocol
 from demix.eval.ways import Mode, Ways
 from demix.forest import lineage
-from demix.leaves import Later, in_order
 from demix.lifecycle.workdirs import Saved, check_free, with_domains, with_entry, write
+from demix.loading import reference
 from demix.merge import average
 from demix.mix.members import WholeMembers
 from demix.mix.mixture import MixConfig
-from demix.params import Model
-from demix.progress import Progress
+from demix.model.params import Model
+from demix.optim.state import COUNTS, saved_part
+from demix.runtime.progress import Progress
 from demix.settings import nearest
-from demix.state import COUNTS, saved_part
 
 HOW = ('uniform', 'posterior', 'argmax')
 _COUNT = 'optimizer/count'

@@ -6,14 +6,15 @@ import os
 import shutil
 from pathlib import Path
 
-from demix import catalogue, settings
+from demix import settings
+from demix.checkpoints import catalogue
 from demix.config import Config
-from demix.data.store import TokenStore
+from demix.data.tokens.store import TokenStore
 from demix.errors import BadInput, NothingToLoad
 from demix.forest import manifest, plan
 from demix.forest.manifest import SEED
 from demix.lifecycle import traces
-from demix.progress import quantity
+from demix.runtime.progress import quantity
 from demix.settings import nearest
 
 

@@ -1,7 +1,7 @@
 """What is known of the experts of a DEMix LM: their parameters, where they come from, what went."""
 
 from demix.lifecycle.workdirs import leaves_of, open_demix
-from demix.progress import quantity
+from demix.runtime.progress import quantity
 
 
 def experts(model: str) -> list[str]:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from demix import catalogue, checkpoint, reference, settings
+from demix import settings
+from demix.checkpoints import catalogue, checkpoint
 from demix.config import Config
-from demix.data.store import TokenStore
+from demix.data.tokens.store import TokenStore
 from demix.errors import BadInput, DemixError, Refused
 from demix.eval.given import score_given
 from demix.eval.sequences import Protocol
@@ -22,6 +23,7 @@ from demix.forest.manifest import SEED
 from demix.lifecycle.average import groups
 from demix.lifecycle.forests import state_of
 from demix.lifecycle.workdirs import Saved
+from demix.loading import reference
 from demix.settings import nearest
 
 

@@ -6,12 +6,12 @@ model that never saw it): what still holds the expert or its data is listed.
 
 from pathlib import Path
 
-from demix import tree
 from demix.errors import BadInput, Refused
 from demix.lifecycle import traces
 from demix.lifecycle.workdirs import check_free, open_demix, with_domains, write
+from demix.model import tree
+from demix.optim.state import COUNTS
 from demix.settings import nearest
-from demix.state import COUNTS
 
 RESIDUE = ('the trunk was trained on the domain too and keeps a residue of it: this is access '
            'restriction, not unlearning')

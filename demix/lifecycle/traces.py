@@ -10,7 +10,7 @@ import json
 import os
 from pathlib import Path
 
-from demix import catalogue
+from demix.checkpoints import catalogue
 from demix.errors import DemixError
 from demix.names import shown
 

@@ -13,12 +13,15 @@ import jax
 import numpy as np
 import orjson
 
-from demix import checkpoint, reference, settings, tree
+from demix import settings
+from demix.checkpoints import checkpoint
 from demix.config import Config, digest, identity_of, joint_fingerprint
-from demix.data import schedule
-from demix.data.store import card_fingerprint, domain_fingerprint, read_card
+from demix.data.sampling import schedule
+from demix.data.tokens.store import card_fingerprint, domain_fingerprint, read_card
 from demix.errors import BadInput
-from demix.workdir import fsync_directory, save_config, write_atomic
+from demix.loading import reference
+from demix.model import tree
+from demix.runtime.workdir import fsync_directory, save_config, write_atomic
 
 ADDED = ('version', 'leaves', 'content_digest', 'state_digest')  # by checkpoint.Checkpoints
 

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from demix import loss
 from demix.errors import BadInput
-from demix.params import Model
+from demix.model import loss
+from demix.model.params import Model
 
 
 def nll(model: Model, params, hidden, targets):

@@ -17,8 +17,8 @@ import numpy as np
 import orjson
 
 from demix.errors import BadInput, Refused
+from demix.runtime.workdir import write_atomic
 from demix.settings import nearest
-from demix.workdir import write_atomic
 
 VERSION = 1
 

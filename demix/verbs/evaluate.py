@@ -46,7 +46,8 @@ def run(argv: list[str]) -> int:
   if not given.model:
     raise BadInput('--model is missing: name one or more, for example --model=dense=W')
 
-  from demix import reference, workdir
+  from demix.loading import reference
+  from demix.runtime import workdir
   models = {}
   for text in given.model:
     name, ref = reference.named(text)
@@ -124,11 +125,12 @@ def _ways(given, mixes: list, mix):
 
 def choose(models: dict, given, modes) -> int:
   """Prints, for every model and way of mixing, the accuracy on a file of multiple choice."""
-  from demix import language_model, multiple_choice, reference
   from demix.config import domain_symbols
+  from demix.eval import multiple_choice
   from demix.eval.results import layout
+  from demix.loading import language_model, reference
   from demix.mix.mix_config import MixConfig
-  from demix.progress import Progress
+  from demix.runtime.progress import Progress
   for flag in ('out', 'dump', 'save_priors', 'packing', 'stride', 'limit', 'domains', 'split',
                'batch_size', 'tables', 'verify_data'):
     if given[flag].present:

@@ -1,8 +1,8 @@
 """forest: sets of experts: whole LMs that branched from a seed (--forest=F), or the experts of a
 DEMix LM (--model=W)."""
 
-from demix import reference
 from demix.errors import BadInput
+from demix.loading import reference
 from demix.settings import nearest
 from demix.verbs.flags import Help, Verb, require
 
@@ -88,7 +88,7 @@ def _run(verb, argv):
   given, _ = verb.parse(argv)
   names = tuple(n.strip() for n in given.only.split(',') if n.strip())
   folder, limit = _forest(given), given.limit
-  from demix.grow import grow
+  from demix.lifecycle.grow import grow
   grow(folder, only=names, data=given.data, together=given.together,
        require_gain=given.require_gain, limit=limit, verify_data=given.verify_data)
 

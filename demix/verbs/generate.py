@@ -12,9 +12,10 @@ SUMMARY = 'text from a model, one expert or a mixture of experts'
 
 def run(argv: list[str]) -> int:
   """Parses flags, streams the text to the terminal, ends with the weight of each expert."""
-  from demix import reference, settings
+  from demix import settings
+  from demix.generation.sampling_config import SamplingConfig
+  from demix.loading import reference
   from demix.mix.mix_config import MixConfig
-  from demix.sampling_config import SamplingConfig
   verb = Verb('generate', SUMMARY)
   verb.string('model', '', 'model reference: W, W@STEP, or W#EXPERT for one expert')
   verb.string('prompt', '', 'text to go on from')
@@ -41,7 +42,7 @@ def run(argv: list[str]) -> int:
     raise BadInput(f'--prior={given.prior} with --mix={given["mix_words"].value}, whose prior is '
                    f'{mix.prior}: a stored prior is a cached one; give --mix=cached')
 
-  from demix import language_model
+  from demix.loading import language_model
   loaded = reference.load(model)
   if len(loaded.members.names) == 1 and (given.mix_words or mix != MixConfig()):
     raise BadInput(f'--mix: {model} is one LM: there is nothing to mix; leave it out')

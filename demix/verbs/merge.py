@@ -2,8 +2,8 @@
 
 import re
 
-from demix import reference
 from demix.errors import BadInput
+from demix.loading import reference
 from demix.verbs.flags import Verb, require
 
 SUMMARY = 'parameters of several LMs averaged into one LM'

@@ -10,9 +10,9 @@ SUMMARY = 'a corpus into a tokenizer and a token store'
 
 def run(argv: list[str]) -> int:
   """Parses flags and prepares a token store."""
-  from demix.data import documents
-  from demix.data.clusters import DiscoverConfig
-  from demix.data.prepare import LOCAL_TEXT, PrepareConfig, prepare
+  from demix.data.clusters.fit import DiscoverConfig
+  from demix.data.corpus import documents
+  from demix.data.corpus.prepare import LOCAL_TEXT, PrepareConfig, prepare
   verb = Verb('prepare', SUMMARY)
   verb.string('input', '', f'{documents.LAYOUT}; or {LOCAL_TEXT}: text that lies on this machine; '
               'with config.corpus the folder that relative paths start from')
@@ -29,7 +29,7 @@ def run(argv: list[str]) -> int:
   if clusters is None:
     prepare(input, out, config)
     return 0
-  from demix.data.discover import discover
+  from demix.data.clusters.discover import discover
   if not (Path(input) / 'card.json').is_file():
     labelled = Path(out).resolve()
     labelled = labelled.with_name(f'{labelled.name}_domains')
@@ -47,7 +47,7 @@ def _clusters(verb, words: str):
   """The DiscoverConfig that is asked for, or None."""
   import dataclasses
 
-  from demix.data.clusters import DiscoverConfig
+  from demix.data.clusters.fit import DiscoverConfig
   config = verb.configs['discover']
   if not words and config == DiscoverConfig():
     return None

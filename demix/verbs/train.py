@@ -6,8 +6,8 @@ from pathlib import Path
 
 from absl import flags
 
-from demix import reference
 from demix.errors import BadInput
+from demix.loading import reference
 from demix.verbs.flags import Verb, require
 
 SUMMARY = 'train a model; the same workdir again resumes'
@@ -15,7 +15,7 @@ SUMMARY = 'train a model; the same workdir again resumes'
 
 def run(argv: list[str]) -> int:
   """Parses flags, takes the workdir's lock before anything heavy is imported, trains."""
-  from demix import workdir
+  from demix.runtime import workdir
   early = flags.FlagValues()
   flags.DEFINE_string('workdir', '', '', flag_values=early)
   flags.DEFINE_bool('help', False, '', short_name='h', flag_values=early)
@@ -45,7 +45,7 @@ def _train(argv, held) -> int:
   require(config.data.path, 'config.data.path', 'the token store that `prepare` wrote')
   if config.init.model:
     reference.parse(config.init.model)
-  from demix import train
+  from demix.training import train
   named = re.findall(r'(?:^|\n)--?config\.([\w.]+)', '\n'.join(argv))
   if held:
     if config.mesh.processes != 1:
@@ -59,7 +59,8 @@ def _train(argv, held) -> int:
 
 def _train_together(config, path, *how) -> int:
   """In several processes; the first one holds the workdir."""
-  from demix import processes, train, workdir
+  from demix.runtime import processes, workdir
+  from demix.training import train
   mesh = config.mesh
   with (processes.joined(mesh.processes, mesh.process, mesh.coordinator, mesh.patience),
         contextlib.ExitStack() as stack):

@@ -12,9 +12,9 @@ import jax
 
 from demix.analysis import memory, needs
 from demix.config import Config, TrainConfig
-from demix.data.batches import DataConfig
-from demix.sharding import MeshConfig
-from demix.transformer import ExecutionConfig, preset
+from demix.data.sampling.batches import DataConfig
+from demix.model.sharding import MeshConfig
+from demix.model.transformer import ExecutionConfig, preset
 
 
 def case(size='10m', kind='gpt', B=8, L=128, packing='continuous', model=None, train=None,

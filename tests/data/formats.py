@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from demix.data.tokenizer import ByteTokenizer
+from demix.data.tokens.tokenizer import ByteTokenizer
 
 SPLITS = ('train', 'valid', 'test')
 

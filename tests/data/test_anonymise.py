@@ -1,4 +1,4 @@
-"""demix/data/anonymise.py: what becomes a placeholder, what stays, and that no text takes long."""
+"""anonymise.py: what becomes a placeholder, what stays, and that no text takes long."""
 
 import json
 import signal
@@ -6,8 +6,8 @@ import signal
 import pytest
 from corpus_cases import flags, refused, verb, write
 
-from demix.data import anonymise
-from demix.data.store import TokenStore
+from demix.data.corpus import anonymise
+from demix.data.tokens.store import TokenStore
 
 FOUND = [
     ('write to Jane.Doe+x@mail.example.org, please', 'write to <EMAIL>, please', 'email'),

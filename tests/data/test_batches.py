@@ -1,4 +1,4 @@
-"""demix/data/batches.py: batch t is a function of (seed, t); shares and epochs are as reported."""
+"""batches.py: batch t is a function of (seed, t); shares and epochs are as reported."""
 
 import math
 import shutil
@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from cases import some
 
-from demix.data.batches import Batches, DataConfig, Turns
-from demix.data.packing import sequences
-from demix.data.store import TokenStore
+from demix.data.sampling.batches import Batches, DataConfig, Turns
+from demix.data.tokens.packing import sequences
+from demix.data.tokens.store import TokenStore
 from demix.errors import BadInput
 
 NAMES = {'tokens_BL': 'int32', 'targets_BL': 'int32', 'weights_BL': 'float32',
@@ -123,7 +123,7 @@ def test_processes_read_their_rows_of_the_same_batches_and_no_others(store, kind
 
 def test_a_process_opens_no_row_of_another(store, monkeypatch):
   read = []
-  from demix.data import batches
+  from demix.data.sampling import batches
   row = batches.domain_row
   monkeypatch.setattr(batches, 'domain_row',
                       lambda r, place, symbol: read.append(place) or row(r, place, symbol))

@@ -1,4 +1,4 @@
-"""demix/data/clusters.py, clusterer.py: planted clusters, balance, digests, beginnings of texts."""
+"""fit.py, clusterer.py: planted clusters, balance, digests, beginnings of texts."""
 
 import itertools
 import json
@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from demix.data import clusterer as module
-from demix.data.clusterer import Clusterer, Reading, words
-from demix.data.clusters import DiscoverConfig, agreement, balanced, embed, fit
-from demix.data.tokenizer import BpeTokenizer, ByteTokenizer
+from demix.data.clusters import clusterer as module
+from demix.data.clusters.clusterer import Clusterer, Reading, words
+from demix.data.clusters.fit import DiscoverConfig, agreement, balanced, embed, fit
+from demix.data.tokens.tokenizer import BpeTokenizer, ByteTokenizer
 from demix.errors import BadInput
 
 TOPICS = ('court judge appeal statute verdict plaintiff tribunal clause',
@@ -240,8 +240,8 @@ def test_settings_that_cannot_be(changes, message):
 
 
 def test_it_imports_no_jax_and_scikit_learn_only_to_find_clusters():
-  code = ('import sys, demix.data.clusters, demix.data.discover; '
+  code = ('import sys, demix.data.clusters.fit, demix.data.clusters.discover; '
           'print({"jax", "sklearn", "scipy"} & set(sys.modules))')
   out = subprocess.run([sys.executable, '-c', code], text=True, capture_output=True, check=True,
-                       cwd=Path(module.__file__).parents[2]).stdout
+                       cwd=Path(module.__file__).parents[3]).stdout
   assert out == 'set()\n'

@@ -11,12 +11,12 @@ import pytest
 from corpus_cases import snapshot, verb, write
 from test_clusters import planted
 
-from demix.data import leakage
-from demix.data.clusterer import Clusterer
-from demix.data.clusters import DiscoverConfig
-from demix.data.discover import discover, documents, sample
-from demix.data.prepare import PrepareConfig, prepare
-from demix.data.store import TokenStore
+from demix.data.clusters.clusterer import Clusterer
+from demix.data.clusters.discover import discover, documents, sample
+from demix.data.clusters.fit import DiscoverConfig
+from demix.data.corpus.prepare import PrepareConfig, prepare
+from demix.data.overlap import leakage
+from demix.data.tokens.store import TokenStore
 from demix.errors import BadInput
 
 ROOT = Path(__file__).parents[2]
@@ -123,8 +123,8 @@ def test_labels_and_order_do_not_matter_where_documents_go(stores, tmp_path):
 def test_other_processes_make_the_same_store(stores, tmp_path):
   """Other hash seeds, other numbers of threads: the same bytes."""
   source, store = stores
-  code = ('import sys\nfrom demix.data.clusters import DiscoverConfig\n'
-          'from demix.data.discover import discover\n'
+  code = ('import sys\nfrom demix.data.clusters.fit import DiscoverConfig\n'
+          'from demix.data.clusters.discover import discover\n'
           'discover(sys.argv[1], sys.argv[2], DiscoverConfig(clusters=4, dimensions=8), print)')
   done = [subprocess.Popen([sys.executable, '-c', code, source.path, tmp_path / seed], cwd=ROOT,
                            stdout=subprocess.DEVNULL, env=os.environ | {

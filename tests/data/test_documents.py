@@ -11,9 +11,9 @@ import zstandard
 from cases import some
 from corpus_cases import document, jsonl, refused, small, verb, write
 
-from demix.data.documents import Reader, source
-from demix.data.prepare import PrepareConfig, prepare
-from demix.data.store import TokenStore
+from demix.data.corpus.documents import Reader, source
+from demix.data.corpus.prepare import PrepareConfig, prepare
+from demix.data.tokens.store import TokenStore
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [document(i) for i in range(30)]
@@ -209,7 +209,8 @@ def test_a_line_without_end_and_a_bomb_take_bounded_memory(tmp_path, suffix, byt
   size = 200_000_000 if byte == b'a' else 16_000_000 if suffix == '.zst' else 5_000_000
   file.write_bytes(COMPRESS[suffix](b'{"text": "x"}\n' + byte * size))
   # Not getrusage: its peak starts with that of the process that was forked, this one.
-  code = ('import re, sys\nfrom pathlib import Path\nfrom demix.data.documents import Reader\n'
+  code = ('import re, sys\nfrom pathlib import Path\n'
+          'from demix.data.corpus.documents import Reader\n'
           'reader = Reader(1 << 20, skip_bad=True)\n'
           'print(len(list(reader.texts([Path(sys.argv[1])]))), reader.bad)\n'
           'print(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1])')

@@ -1,4 +1,4 @@
-"""demix/data/leakage.py: evaluation text in train text, against a slow reference and as planted."""
+"""leakage.py: evaluation text in train text, against a slow reference and as planted."""
 
 import re
 import types
@@ -8,10 +8,10 @@ import orjson
 import pytest
 from corpus_cases import small, snapshot, write
 
-from demix.data import leakage, words
-from demix.data.card import text as card_text
-from demix.data.prepare import PrepareConfig, prepare
-from demix.data.store import CARD, TokenStore
+from demix.data.corpus.card import text as card_text
+from demix.data.corpus.prepare import PrepareConfig, prepare
+from demix.data.overlap import leakage, words
+from demix.data.tokens.store import CARD, TokenStore
 from demix.eval import protocol, results
 
 BYTES = PrepareConfig(tokenizer='bytes')

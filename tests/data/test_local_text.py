@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from packaging.requirements import Requirement
 
-from demix.data import local_domains, local_text
-from demix.data.local_domains import DISTRIBUTIONS, DOMAINS, Domain
-from demix.data.local_text import SPLITS
-from demix.data.near_duplicates import NearDuplicates, similarity, windows
-from demix.data.source_code import CODE, PROSE, cut, split_notes, split_python, split_sessions
+from demix.data.local import local_domains, local_text
+from demix.data.local.local_domains import DISTRIBUTIONS, DOMAINS, Domain
+from demix.data.local.local_text import SPLITS
+from demix.data.local.source_code import CODE, PROSE, cut, split_notes, split_python, split_sessions
+from demix.data.overlap.near_duplicates import NearDuplicates, similarity, windows
 from demix.errors import BadInput
 
 ROOT = Path(__file__).parents[2]

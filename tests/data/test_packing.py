@@ -1,4 +1,4 @@
-"""demix/data/packing.py: every token is predicted once, with the inputs that it should have."""
+"""packing.py: every token is predicted once, with the inputs that it should have."""
 
 import os
 import shutil
@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from demix.data import packing
-from demix.data.packing import Documents, Stream, best_fit, pack, sequences
-from demix.data.store import TokenStore
+from demix.data.tokens import packing
+from demix.data.tokens.packing import Documents, Stream, best_fit, pack, sequences
+from demix.data.tokens.store import TokenStore
 from demix.errors import BadInput
 
 LENGTHS = (1, 7, 32, 100, 5000)  # 5000: longer than most splits

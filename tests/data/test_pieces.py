@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tokenizer_cases import ADVERSARIAL, PIPELINES, RUNS, TEXTS, opened, trained, whole
 from tokenizers import models, pre_tokenizers
 
-from demix.data import pieces
-from demix.data.tokenizer import BpeTokenizer
+from demix.data.tokens import pieces
+from demix.data.tokens.tokenizer import BpeTokenizer
 
 
 @pytest.fixture(scope='module')
@@ -86,7 +86,7 @@ def test_a_document_of_megabytes_has_the_ids_of_the_whole(bpe):
 
 def test_encoding_a_document_takes_memory_by_the_batch():
   """6 MB of words and an unbroken run of 2 MB; the library alone takes over a gigabyte."""
-  code = ('import re\nfrom demix.data.tokenizer import BpeTokenizer\n'
+  code = ('import re\nfrom demix.data.tokens.tokenizer import BpeTokenizer\n'
           'made = BpeTokenizer.train(["the cat sat"] * 9, 270)\n'
           'made.encode(["the cat " * 750_000 + "x" * 2_000_000])\n'
           'print(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1])')

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from corpus_cases import document, flags, jsonl, small, snapshot, verb, write
 
-from demix.data import duplicates
-from demix.data.prepare import PrepareConfig, prepare
-from demix.data.store import TokenStore
+from demix.data.corpus.prepare import PrepareConfig, prepare
+from demix.data.overlap import duplicates
+from demix.data.tokens.store import TokenStore
 from demix.errors import BadInput
 
 BYTES = PrepareConfig(tokenizer='bytes')
@@ -58,7 +58,7 @@ def test_texts_come_back_from_the_store(tmp_path, capsys, kind):
 def test_many_batches_are_one_stream(tmp_path, monkeypatch):
   small(tmp_path / 'in', train=50)
   whole = prepare(tmp_path / 'in', tmp_path / 'whole', BYTES, QUIET)
-  monkeypatch.setattr('demix.data.prepare._BATCH', 100)
+  monkeypatch.setattr('demix.data.corpus.prepare._BATCH', 100)
   parts = prepare(tmp_path / 'in', tmp_path / 'parts', BYTES, QUIET)
   assert parts.fingerprint == whole.fingerprint
   parts.verify()
@@ -148,7 +148,7 @@ def test_bpe_learns_from_train_splits_of_train_domains_only(tmp_path):
 
 def test_bpe_sample_is_bounded_balanced_and_the_same_in_any_order(tmp_path, monkeypatch):
   seen = []
-  from demix.data.tokenizer import BpeTokenizer
+  from demix.data.tokens.tokenizer import BpeTokenizer
   train = BpeTokenizer.train.__func__
   monkeypatch.setattr(BpeTokenizer, 'train', classmethod(
       lambda cls, texts, size: train(cls, seen.append(list(texts)) or seen[-1], size)))
@@ -250,7 +250,7 @@ def test_a_damaged_store_is_made_again(tmp_path):
 
 def test_a_corpus_that_changes_meanwhile_is_refused(tmp_path, monkeypatch):
   small(tmp_path / 'in')
-  from demix.data import documents
+  from demix.data.corpus import documents
   read = documents.Reader.documents
 
   def changing(self, parts):
@@ -267,7 +267,7 @@ def test_a_corpus_that_changes_meanwhile_is_refused(tmp_path, monkeypatch):
 
 def test_progress_goes_to_stderr_over_the_bytes_of_the_input(tmp_path, capsys, monkeypatch):
   small(tmp_path / 'in')
-  from demix.data import prepare as module
+  from demix.data.corpus import prepare as module
   total = sum(p.stat().st_size for p in (tmp_path / 'in').rglob('*.jsonl'))
   train = sum(p.stat().st_size for p in (tmp_path / 'in').rglob('train.jsonl'))
   ends = {}
@@ -291,8 +291,9 @@ def test_local_text_is_written_beside_the_store_with_its_roles(tmp_path, capsys,
     asked.append((folder, domains))
     small(folder, ('py', 'docs'))
     return {'py': {'role': 'train'}, 'docs': {'role': 'novel'}}
-  monkeypatch.setitem(sys.modules, 'demix.data.local_text', types.SimpleNamespace(write=local))
-  monkeypatch.delattr('demix.data.local_text', raising=False)
+  monkeypatch.setitem(sys.modules, 'demix.data.local.local_text',
+                      types.SimpleNamespace(write=local))
+  monkeypatch.delattr('demix.data.local.local_text', raising=False)
   for said in ('a token store of 257 ids', 'nothing to do'):
     code, out, err = verb(capsys, '--input=local_text', f'--out={tmp_path / "out"}',
                           '--config.tokenizer=bytes')
@@ -305,8 +306,9 @@ def test_a_local_domain_that_the_machine_lacks_is_left_out(tmp_path, capsys, mon
   def local(folder, domains=None):
     small(folder, ('py', 'docs'))
     return {'py': {'role': 'train'}, 'docs': {'role': 'novel'}}
-  monkeypatch.setitem(sys.modules, 'demix.data.local_text', types.SimpleNamespace(write=local))
-  monkeypatch.delattr('demix.data.local_text', raising=False)
+  monkeypatch.setitem(sys.modules, 'demix.data.local.local_text',
+                      types.SimpleNamespace(write=local))
+  monkeypatch.delattr('demix.data.local.local_text', raising=False)
   for domains, novel, roles in (('docs,py,c', 'c', {'docs': 'novel', 'py': 'train'}),
                                 ('py,c', 'c', {'py': 'train'}),
                                 ('c,py,docs', 'c,py', {'py': 'novel', 'docs': 'train'})):

@@ -10,9 +10,9 @@ import pytest
 from corpus_cases import flags, refused, small, verb, write
 
 from demix.__main__ import main
-from demix.data import building
-from demix.data.prepare import PrepareConfig, prepare
-from demix.data.store import TokenStore
+from demix.data.corpus import building
+from demix.data.corpus.prepare import PrepareConfig, prepare
+from demix.data.tokens.store import TokenStore
 from demix.errors import BadInput, Locked
 
 BYTES = PrepareConfig(tokenizer='bytes')
@@ -83,8 +83,8 @@ def test_killed_at_any_moment_it_leaves_a_whole_store_or_none(tmp_path):
 KILLER = '''
 import os, signal, sys
 from pathlib import Path
-from demix.data.prepare import PrepareConfig, prepare
-from demix.data.store import TokenStore
+from demix.data.corpus.prepare import PrepareConfig, prepare
+from demix.data.tokens.store import TokenStore
 from demix.errors import BadInput
 folder, k = Path(sys.argv[1]), 0
 config = PrepareConfig(tokenizer="bytes")

@@ -60,7 +60,7 @@ def test_a_read_only_folder_is_refused_before_the_corpus_is_read(tmp_path):
     folder.chmod(0o755)
     if folder.name.startswith('pytest-of-'):
       break
-  code = ('import os, sys\nfrom demix.data.prepare import PrepareConfig, prepare\n'
+  code = ('import os, sys\nfrom demix.data.corpus.prepare import PrepareConfig, prepare\n'
           'from demix.errors import BadInput\n'
           'if os.getuid() == 0:\n  os.setuid(65534)\n'
           'try:\n  prepare(*sys.argv[1:], PrepareConfig(tokenizer="bytes"))\n'
@@ -117,7 +117,7 @@ def test_what_may_not_be_read_is_refused(tmp_path, closed):
     if folder.name.startswith('pytest-of-'):
       break
   (tmp_path / closed).chmod(0o000)
-  code = ('import os, sys\nimport demix.data.prepare, demix.verbs.prepare\n'
+  code = ('import os, sys\nimport demix.data.corpus.prepare, demix.verbs.prepare\n'
           'from demix.__main__ import main\n'
           'if os.getuid() == 0:\n  os.setuid(65534)\n'
           'sys.exit(main(["prepare", "--config.tokenizer=bytes", *sys.argv[1:]]))')

@@ -6,10 +6,10 @@ import pytest
 import zstandard
 from corpus_cases import document, jsonl
 
-from demix import progress
-from demix.data.clusters import DiscoverConfig
-from demix.data.discover import discover
-from demix.data.prepare import PrepareConfig, prepare
+from demix.data.clusters.discover import discover
+from demix.data.clusters.fit import DiscoverConfig
+from demix.data.corpus.prepare import PrepareConfig, prepare
+from demix.runtime import progress
 
 QUIET = lambda line: None
 TEXTS = [document(i) for i in range(300)]

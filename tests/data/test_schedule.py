@@ -1,4 +1,4 @@
-"""demix/data/schedule.py: shares over time, exact to a row at every step, random access."""
+"""schedule.py: shares over time, exact to a row at every step, random access."""
 
 from fractions import Fraction
 
@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from demix.data.batches import Batches, DataConfig
-from demix.data.schedule import KINDS, ScheduledTurns, only, parse
-from demix.data.store import TokenStore
+from demix.data.sampling.batches import Batches, DataConfig
+from demix.data.sampling.schedule import KINDS, ScheduledTurns, only, parse
+from demix.data.tokens.store import TokenStore
 from demix.errors import BadInput
 
 WEIGHTS = {'legal': 1, 'code': 0.5, 'verse': 0, 'kitchen': 2.5}
@@ -140,7 +140,7 @@ def test_a_domain_goes_on_where_it_was_when_its_share_changes(store):
 def test_without_a_schedule_weights_draw_what_they_drew(store):
   """Turns of constant weights are as they were: old runs go on with the same batches."""
   a = make(store, schedule='')
-  from demix.data.batches import Turns
+  from demix.data.sampling.batches import Turns
   turns = Turns([WEIGHTS[d] for d in corpus.DOMAINS])
   for t in range(5):
     assert a[t]['domain_B'].tolist() == [turns[8 * t + r][0] for r in range(8)]

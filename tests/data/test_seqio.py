@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from corpus_cases import document, refused
 
-from demix.data.prepare import PrepareConfig, prepare
-from demix.data.store import TokenStore
+from demix.data.corpus.prepare import PrepareConfig, prepare
+from demix.data.tokens.store import TokenStore
 
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / '.venv-seqio/bin/python'
@@ -49,7 +49,7 @@ seqio.MixtureRegistry.add('both', [('law', 1), ('med', 3)])
 
 CONFIG = '''
 from ml_collections import ConfigDict
-from demix.data.prepare import PrepareConfig
+from demix.data.corpus.prepare import PrepareConfig
 from demix.settings import to_dict
 
 def get_config(arg=''):

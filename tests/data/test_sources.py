@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from corpus_cases import document, jsonl, refused, verb, write
 
-from demix.data.batches import Batches, DataConfig
-from demix.data.prepare import PrepareConfig, prepare
+from demix.data.corpus.prepare import PrepareConfig, prepare
+from demix.data.sampling.batches import Batches, DataConfig
 from demix.data.sources import corpus, token_files
-from demix.data.store import TokenStore
+from demix.data.tokens.store import TokenStore
 from demix.errors import BadInput
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +69,7 @@ def test_tfds_and_the_light_formats_import_no_tensorflow(tmp_path):
   entries = [{'name': name, **formats.write(name, tmp_path / name, DOCUMENTS)}
              for name in ('tfds', 'array_record', 'parquet')]
   (tmp_path / 'config.py').write_text(
-      'from ml_collections import ConfigDict\nfrom demix.data.prepare import PrepareConfig\n'
+      'from ml_collections import ConfigDict\nfrom demix.data.corpus.prepare import PrepareConfig\n'
       'from demix.settings import to_dict\n'
       f'get_config = lambda: ConfigDict(to_dict(PrepareConfig(corpus={tuple(entries)!r})))')
   code = ('import sys\nfrom demix.__main__ import main\n'
@@ -98,7 +98,7 @@ def test_prompts_are_read_and_not_predicted(tmp_path, plain, name):
 
 
 def _weights(store, packing):
-  from demix.data.packing import sequences
+  from demix.data.tokens.packing import sequences
   rows = sequences(store, 'law', 'train', 16, packing)
   if packing == 'document':
     for i in range(len(rows)):  # what is scored of a piece is what stands behind its prompt
@@ -267,7 +267,7 @@ def test_a_bad_record_is_named_or_left_out(tmp_path, capsys, name):
 def _flags(folder, *entries):
   config = folder / 'config.py'
   config.write_text(
-      'from ml_collections import ConfigDict\nfrom demix.data.prepare import PrepareConfig\n'
+      'from ml_collections import ConfigDict\nfrom demix.data.corpus.prepare import PrepareConfig\n'
       'from demix.settings import to_dict\ndef get_config():\n'
       '  return ConfigDict(to_dict(PrepareConfig(tokenizer="bytes", corpus='
       f'{tuple({"name": "law", **e} for e in entries)!r})))\n')
@@ -342,7 +342,7 @@ def test_token_files_of_odd_size_and_of_other_ends_are_refused(tmp_path, capsys)
 
 def test_a_token_file_without_an_end_takes_bounded_memory(tmp_path, monkeypatch):
   from demix.data.sources import token_files
-  from demix.data.tokenizer import ByteTokenizer
+  from demix.data.tokens.tokenizer import ByteTokenizer
   monkeypatch.setattr(token_files, '_IDS', 7)
   ids = [97] * 30 + [256] + [98] * 3 + [256, 256] + [99] * 9 + [256] + [100] * 4
   np.array(ids, '<u2').tofile(tmp_path / 'x')

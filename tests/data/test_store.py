@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from corpus_cases import document, small, write
 
-from demix.data.prepare import PrepareConfig, prepare
-from demix.data.store import TokenStore, token_dtype
+from demix.data.corpus.prepare import PrepareConfig, prepare
+from demix.data.tokens.store import TokenStore, token_dtype
 from demix.errors import BadInput
 
 BYTES = PrepareConfig(tokenizer='bytes')
@@ -199,7 +199,7 @@ def test_ids_are_uint16_while_they_fit():
 
 
 def test_opening_and_reading_imports_numpy_and_no_tokenizer_library(made):
-  code = ('import sys\nfrom demix.data.store import TokenStore\n'
+  code = ('import sys\nfrom demix.data.tokens.store import TokenStore\n'
           f's = TokenStore.open({str(made[1])!r})\ns.tokens("law", "train"), s.verify()\n'
           'print(sorted({"jax", "tokenizers", "sentencepiece", "grain"} & set(sys.modules)))')
   run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizer_cases import ADVERSARIAL, PIPELINES, RUNS, TEXTS, opened, trained
 from tokenizers import models, pre_tokenizers
 
-from demix.data.tokenizer import (
+from demix.data.tokens.tokenizer import (
   BpeTokenizer,
   ByteTokenizer,
   JsonTokenizer,
@@ -78,7 +78,7 @@ def test_decode_refuses_an_id_beyond_the_vocabulary(bpe, bad):
 
 
 def test_training_is_the_same_in_any_order_and_any_process(bpe, tmp_path):
-  code = ('import sys\nfrom demix.data.tokenizer import BpeTokenizer\nimport pickle\n'
+  code = ('import sys\nfrom demix.data.tokens.tokenizer import BpeTokenizer\nimport pickle\n'
           'print(BpeTokenizer.train(pickle.load(sys.stdin.buffer), 320).fingerprint)')
   for seed, texts in (('1', TEXTS), ('2', TEXTS[::-1])):
     run = subprocess.run([sys.executable, '-c', code], input=pickle.dumps(texts),
@@ -89,7 +89,7 @@ def test_training_is_the_same_in_any_order_and_any_process(bpe, tmp_path):
 
 def test_training_on_megabytes_without_a_blank_ends():
   """Merging inside one word is quadratic in the library: minutes, before words were cut."""
-  code = ('from demix.data.tokenizer import BpeTokenizer\n'
+  code = ('from demix.data.tokens.tokenizer import BpeTokenizer\n'
           'text = "".join(chr(97 + i * i * 7 % 26) for i in range(1_500_000))\n'
           'assert BpeTokenizer.train([text, " " * 1_500_000], 2000).vocab_size > 256')
   subprocess.run([sys.executable, '-c', code], check=True, timeout=300)

@@ -1,4 +1,4 @@
-"""demix/data/vocabulary.py: overlap of the most frequent words, against a slow reference."""
+"""vocabulary.py: overlap of the most frequent words, against a slow reference."""
 
 import itertools
 import json
@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from corpus_cases import write
 
-from demix.data import vocabulary
-from demix.data.card import text as card_text
-from demix.data.prepare import PrepareConfig, prepare
-from demix.data.tokenizer import ByteTokenizer
+from demix.data.corpus.card import text as card_text
+from demix.data.corpus.prepare import PrepareConfig, prepare
+from demix.data.overlap import vocabulary
+from demix.data.tokens.tokenizer import ByteTokenizer
 
 
 @pytest.fixture(scope='module')

@@ -1,4 +1,4 @@
-"""demix/data/words.py: the same words whatever the tokenizer, and wherever the text is cut."""
+"""words.py: the same words whatever the tokenizer, and wherever the text is cut."""
 
 import re
 
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from corpus_cases import write
 
-from demix.data import words
-from demix.data.prepare import PrepareConfig, prepare
+from demix.data.corpus.prepare import PrepareConfig, prepare
+from demix.data.overlap import words
 
 TEXT = ('The cat, the CAT; héllo wörld_1 foo—bar “quoted” 日本語 text한국、x\u00a0y a。b 😀z\n\n42 '
         "4 don't (see) e.g. Ünder ünder ")

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import runs
 
-from demix import metrics
-from demix.data.store import TokenStore
+from demix.data.tokens.store import TokenStore
 from demix.mix import prior
+from demix.training import metrics
 
 ARCHIVES = sorted((Path(__file__).parent / 'written_by').glob('*.tar.xz'))
 

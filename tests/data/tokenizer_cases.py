@@ -7,8 +7,8 @@ from corpus_cases import document
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers, trainers
 
-from demix.data import pieces
-from demix.data.tokenizer import JsonTokenizer
+from demix.data.tokens import pieces
+from demix.data.tokens.tokenizer import JsonTokenizer
 
 TEXTS = [document(i, 30) for i in range(200)] + ["it's    we'll\t\tthey'd\r\n\n  x=1;  y=22"] * 3
 LLAMA = pieces._BLANK_ONLY[0]

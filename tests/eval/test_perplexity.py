@@ -13,12 +13,12 @@ import pytest
 import runs
 from numpy_transformer import blocks, byte_stream, nll, windows
 
-from demix import checkpoint
-from demix.data.store import TokenStore
+from demix.checkpoints import checkpoint
+from demix.data.tokens.store import TokenStore
 from demix.errors import BadInput
 from demix.eval import perplexity
 from demix.eval.sequences import Protocol, shuffled
-from demix.reference import load
+from demix.loading.reference import load
 
 ALL = (*corpus.DOMAINS, corpus.NOVEL)
 

@@ -8,7 +8,7 @@ import pytest
 import runs
 
 import demix
-from demix.data.prepare import PrepareConfig, prepare
+from demix.data.corpus.prepare import PrepareConfig, prepare
 
 LETTERS = 'abcdefghijklmnopqrstuvwxyz'
 CIPHER = str.maketrans(LETTERS, LETTERS[13:] + LETTERS[:13])

@@ -10,14 +10,16 @@ import runs
 from numpy_transformer import byte_stream, nll
 from test_perplexity import leaves_of
 
-from demix import checkpoint, metrics, reference
-from demix.data.store import TokenStore
+from demix.checkpoints import checkpoint
+from demix.data.tokens.store import TokenStore
 from demix.errors import BadInput
 from demix.eval import perplexity, seen
 from demix.eval.sequences import Protocol
 from demix.forest import lineage
+from demix.loading import reference
 from demix.mix import prior
 from demix.mix.members import WholeMembers
+from demix.training import metrics
 
 E = corpus.DOMAINS
 WAYS = '--mix=given,average,uniform,updating,cached'
@@ -222,7 +224,7 @@ def test_expert_by_expert_is_the_general_path(models):
 
 def test_what_was_not_scored_is_no_number(tmp_path):
   """Blocks that hold prompts only: '-' and null, in evaluation, gates and training."""
-  from demix.data.prepare import PrepareConfig, prepare
+  from demix.data.corpus.prepare import PrepareConfig, prepare
   for domain, prompt in (('plain', ''), ('asked', 'why ' * 90)):
     (tmp_path / 'text' / domain).mkdir(parents=True)
     for split in ('train', 'valid', 'test'):
@@ -263,7 +265,7 @@ def test_what_was_not_scored_is_no_number(tmp_path):
 
 def test_what_was_seen_is_known_by_documents(models, stores, tmp_path):
   """The same documents under other names, cut into other domains, are not held out."""
-  from demix.data.prepare import PrepareConfig, prepare
+  from demix.data.corpus.prepare import PrepareConfig, prepare
   texts = {'first': corpus.texts('legal', 'train')[:3], 'other': ['never seen before', 'nor this']}
   for domain, lines in texts.items():
     (tmp_path / 'text' / domain).mkdir(parents=True)

@@ -7,12 +7,12 @@ import corpus
 import pytest
 import runs
 
-from demix import checkpoint
+from demix.checkpoints import checkpoint
 from demix.config import digest
 from demix.errors import BadInput
 from demix.eval import protocol, results
 from demix.eval.perplexity import Score
-from demix.reference import load
+from demix.loading.reference import load
 
 RUN = {'train_tokens': int, 'train_flops': int, 'params_total': int, 'params_active': int,
        'seconds': float, 'config_digest': str, 'seed': int, 'step': int, 'content_digest': str}

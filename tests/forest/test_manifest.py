@@ -9,7 +9,7 @@ import pytest
 
 from demix.errors import BadInput, Locked
 from demix.forest import manifest, plan
-from demix.workdir import hold
+from demix.runtime.workdir import hold
 
 
 def entry(*parents, **more):

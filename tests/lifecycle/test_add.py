@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import runs
 
-from demix import catalogue, checkpoint
+from demix.checkpoints import catalogue, checkpoint
 from demix.config import Config
-from demix.data.batches import DataConfig
-from demix.data.store import TokenStore
+from demix.data.sampling.batches import DataConfig
+from demix.data.tokens.store import TokenStore
 from demix.eval import perplexity
 from demix.eval.sequences import Protocol
 from demix.lifecycle import workdirs
 from demix.lifecycle.workdirs import with_domains
-from demix.reference import load
-from demix.transformer import ModelConfig
+from demix.loading.reference import load
+from demix.model.transformer import ModelConfig
 
 NOVEL = corpus.NOVEL
 FIVE = (*corpus.DOMAINS, NOVEL)

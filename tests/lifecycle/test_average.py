@@ -10,10 +10,10 @@ import pytest
 import runs
 
 import demix
-from demix import checkpoint
+from demix.checkpoints import checkpoint
 from demix.lifecycle import average
 from demix.lifecycle.workdirs import Saved
-from demix.reference import load
+from demix.loading.reference import load
 
 DOMAINS = ('verse', 'code')
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import runs
 
-from demix import checkpoint
-from demix.params import Model
-from demix.reference import load
+from demix.checkpoints import checkpoint
+from demix.loading.reference import load
+from demix.model.params import Model
 
 NOVEL = corpus.NOVEL
 LEFT = ('legal', 'verse', 'kitchen')

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from cases import some
 
-from demix.data.clusterer import Clusterer
-from demix.data.tokenizer import ByteTokenizer
+from demix.data.clusters.clusterer import Clusterer
+from demix.data.tokens.tokenizer import ByteTokenizer
 from demix.errors import BadInput
-from demix.generate import Writer
+from demix.generation.generate import Writer
+from demix.generation.sampling import SamplingConfig
 from demix.mix import evidence
 from demix.mix import mixture as module
 from demix.mix.members import ExpertMembers
 from demix.mix.mixture import MixConfig, Mixture, log_weights, next_log_weights
-from demix.sampling import SamplingConfig
 
 E, B, L = 4, 3, 6
 SCORE = models.jit(module.scored.__wrapped__, static_argnums=(0, 1))
@@ -166,7 +166,7 @@ def test_no_weight_looks_at_its_token_or_later_ones(config):
 def test_written_tokens_have_the_weights_that_scoring_them_gives(config):
   here, made = mixture(**config), Letters()
   limit, prompt = config.get('kernel_tokens', 0), [36, 4, 15]
-  from demix.data.clusterer import Reading
+  from demix.data.clusters.clusterer import Reading
   tokens = list(Writer(here, prompt, SamplingConfig(max_tokens=5, temperature=1.5, seed=3),
                        Reading(clusterer(), made, limit)))
   text = np.asarray([*prompt, *(t.id for t in tokens)])

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from cases import some
 
-from demix import tree
-from demix.layers.attention import mask_bias
 from demix.mix.members import ExpertMembers
-from demix.params import expert_slice
+from demix.model import tree
+from demix.model.layers.attention import mask_bias
+from demix.model.params import expert_slice
 
 pytestmark = pytest.mark.exact
 

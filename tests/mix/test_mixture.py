@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from cases import some
 
-from demix import tree
 from demix.errors import BadInput
 from demix.mix import combine, evidence, prior
 from demix.mix import mixture as module
 from demix.mix.members import ExpertMembers
 from demix.mix.mixture import MixConfig, Mixture, log_weights, next_log_weights
-from demix.params import expert_slice
+from demix.model import tree
+from demix.model.params import expert_slice
 
 E, B, L = 4, 5, 8
 PRIOR = np.array([0.1, 0.2, 0.3, 0.4])

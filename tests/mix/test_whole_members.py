@@ -10,10 +10,10 @@ import pytest
 from cases import some
 
 from demix.eval.perplexity import token_nll
-from demix.generate import Writer
+from demix.generation.generate import Writer
+from demix.generation.sampling import SamplingConfig
 from demix.mix.members import ExpertMembers, WholeMembers
 from demix.mix.mixture import MixConfig, Mixture
-from demix.sampling import SamplingConfig
 
 NAMES = ('law', 'bio', 'art')
 PROMPT = [0, 5, 17, 3]

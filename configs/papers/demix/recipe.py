@@ -6,9 +6,9 @@ decay to 0, clip 0.1. The paper's budget was 48 hours on 32, 64, 128 and 128 V10
 """
 
 from demix.config import Config, TrainConfig
-from demix.data.data_config import DataConfig
-from demix.model_config import ExecutionConfig, preset
-from demix.optimizer_config import OptimizerConfig
+from demix.data.sampling.data_config import DataConfig
+from demix.model.model_config import ExecutionConfig, preset
+from demix.optim.optimizer_config import OptimizerConfig
 
 # size: (sequences of 1024 tokens per update, updates)
 BUDGETS = {

@@ -14,7 +14,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 import corpus  # noqa: E402
 import runs  # noqa: E402
 
-from demix.data.prepare import PrepareConfig, prepare  # noqa: E402
+from demix.data.corpus.prepare import PrepareConfig, prepare  # noqa: E402
 
 SMALL = {'model__d_model': 4, 'model__heads': 2, 'seed': 3, 'train__steps': 10,
          'train__checkpoint_every': 10, 'train__max_to_keep': 1, 'optimizer__schedule_steps': 10,

@@ -1,0 +1,4 @@
+"""Checkpoints: written in the background, trusted only when verified.
+
+Imports runtime only; needs no model.
+"""

@@ -1,0 +1,1 @@
+"""Domains that nobody labelled: clusterers, how they are fitted, stores by cluster."""

@@ -1,0 +1,1 @@
+"""Text that lies on the machine, as a corpus of domains."""

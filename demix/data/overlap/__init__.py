@@ -1,0 +1,1 @@
+"""What texts have in common: leakage, vocabulary, exact and near duplicates."""

@@ -1,0 +1,1 @@
+"""Which sequences make a batch: shares, schedules, importance."""

@@ -1,0 +1,1 @@
+"""Text as ids: tokenizers, the token store, sequences cut from it."""

@@ -1,0 +1,4 @@
+"""Many runs: sweeps over a config's settings.
+
+Imports verbs and below.
+"""

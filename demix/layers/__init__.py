@@ -1,1 +1,0 @@
-"""The layers of the decoder: Flax NNX modules that know no mesh and no domain names."""

@@ -1,0 +1,1 @@
+"""Attention, norms and initializers, in the forms that are fast per backend."""
