@@ -92,6 +92,10 @@ def evaluate(models: dict, request: Request, estimated=None) -> dict:
       raise BadInput(f'run {name}: its experts were trained on text cut in several ways '
                      f'({", ".join(one.packings)}): say how it is scored with --packing')
     protocol = Protocol.of(one.config.data, request.packing, request.stride, request.limit)
+    if len(lengths := getattr(one, 'lengths', ())) > 1:  # whichever stands first
+      protocol = dataclasses.replace(protocol, length=max(lengths))
+      notes.append(f'{name}: its experts were trained on sequences of '
+                   f'{", ".join(map(str, lengths))} tokens; all are scored with {max(lengths)}')
     runs[name] = run_entry(one)
     if name in mixed:
       more, mixtures[name] = mixed_rows(name, one, store, domains, protocol, request, estimated,

@@ -180,6 +180,10 @@ def merge(models: dict, workdir: str, *, weights='uniform', domain: str = '', da
   with Progress(0, 'leaves', 'average') as progress:
     state = averaged(parents, share, str(target.absolute().parent), progress)
     write_result(target, parents, state, record)
+  cuts = {name: str(Protocol.of(s.config.data)) for name, s in parents.items()}
+  if len(set(cuts.values())) > 1:
+    say('text cut    ' + ', '.join(f'{cut} by {name}' for name, cut in cuts.items())
+        + f': the result is scored and trained on as {cuts[names[0]]}')
   for name, weight in zip(names, share):
     say(f'{weight:8.4f}  {name}')
   say(f'written     {target}')

@@ -252,6 +252,11 @@ class LoadedForest:
     return tuple(dict.fromkeys(_config_of(meta).data.packing for meta in self.metas))
 
   @property
+  def lengths(self) -> tuple:
+    """The sequence lengths that the experts were trained with, ascending, each once."""
+    return tuple(sorted({_config_of(meta).data.sequence_length for meta in self.metas}))
+
+  @property
   def step(self) -> int:
     """The largest of the experts' steps."""
     return max(self.steps)

@@ -260,6 +260,30 @@ def test_what_was_not_scored_is_no_number(tmp_path):
     compare(('a', 'b'), [[0.0], [0.0]], [0], 'asked')
 
 
+def test_members_of_other_lengths_are_scored_alike_and_said(models, stores, tmp_path):
+  """The longest that one was trained with, whichever stands first; merge says what it takes."""
+  short = tmp_path / 'short'
+  assert runs.train(stores.bytes, short, train__steps=1, data__sequence_length=16, seed=5,
+                    init__model=models['dense']).code == 0
+  found = []
+  for order in (('short', short), ('long', models['dense'])), (('long', models['dense']),
+                                                              ('short', short)):
+    F = tmp_path / order[0][0]
+    F = F.with_name(f'F{F.name}')
+    for name, source in order:
+      ended = runs.demix('forest', 'add', f'--forest={F}', f'--expert={name}', f'--from={source}',
+                         '--limit=1', '--parent=none')
+      assert ended.code == 0, ended
+    rows, _, out = evaluated(tmp_path, f'--model=F=forest:{F}', '--mix=average',
+                                   '--domains=code')
+    assert 'sequences of 16, 32 tokens; all are scored with 32' in out
+    found.append([(r['nll'], r['protocol']) for r in rows.values()])
+  assert found[0][0] == (pytest.approx(found[1][0][0], rel=1e-6), 'continuous 32')
+  merged = runs.demix('merge', f'--model={short}', f'--model={models["dense"]}',
+                      f'--workdir={tmp_path / "M"}')
+  assert 'continuous 16 by short, continuous 32 by dense: the result' in merged.out
+
+
 # ---- what was seen ----------------------------------------------------------------------------
 
 
