@@ -290,11 +290,9 @@ def write_dump(path, arrays: dict):
     raise BadInput(f'{path}: cannot be written ({e.strerror}); name another file') from None
 
 
-TABLES = ('perplexity', 'bits_per_byte', 'priors', 'ledger')
-
-
-def report(content: dict, tables=TABLES[:1]) -> str:
-  """Tables for a terminal: those named, out of TABLES; what must be known of them stands below."""
+def report(content: dict, tables=('perplexity',)) -> str:
+  """Tables for a terminal: those named (verbs.evaluate.TABLES); what must be known of them stands
+  below."""
   made = {'priors': results.priors, 'ledger': results.ledger}
   parts = [made[name](content) if name in made else results.table(content, name)
            for name in tables]

@@ -4,6 +4,7 @@ from demix.errors import BadInput
 from demix.settings import nearest as suggest
 from demix.verbs.flags import Verb
 
+TABLES = ('perplexity', 'bits_per_byte', 'priors', 'ledger')
 WAYS = ('given', 'best', 'average', 'uniform', 'updating', 'cached', 'clusters')
 
 SUMMARY = 'perplexity and bits per byte per domain, for one or more models'
@@ -66,12 +67,13 @@ def run(argv: list[str]) -> int:
     if getattr(given, flag) and not mixes:
       raise BadInput(f'--{flag} needs --mix: without it the experts are not mixed')
   ways = _ways(given, mixes, mix)
-  from demix.eval import protocol, results
-  from demix.mix import prior
-  tables = protocol.TABLES if given.tables == 'all' else words(given.tables)
+  tables = TABLES if given.tables == 'all' else words(given.tables)
   for name in tables:
-    if name not in protocol.TABLES:
-      raise BadInput(f'--tables={name}: no such table{suggest(name, (*protocol.TABLES, "all"))}')
+    if name not in TABLES:
+      raise BadInput(f'--tables={name}: no such table{suggest(name, (*TABLES, "all"))}')
+  from demix.data.tokens.packing import PACKINGS
+  if given.packing and given.packing not in PACKINGS:
+    raise BadInput(f'--packing={given.packing}: no such way{suggest(given.packing, PACKINGS)}')
   cached = ways and any(m.config.prior == 'cached' for m in ways.modes)
   for flag in ('prior', 'save_priors'):
     if getattr(given, flag) and not cached:
@@ -85,6 +87,8 @@ def run(argv: list[str]) -> int:
                      'priors are taken from there and not estimated; leave one of them out')
   if given.options:
     return choose(models, given, ways.modes if ways else ())
+  from demix.eval import protocol, results
+  from demix.mix import prior
   estimated = []
   content = protocol.evaluate(models, protocol.Request(
       data=given.data, domains=tuple(dict.fromkeys(words(given.domains))), split=given.split,
@@ -125,12 +129,6 @@ def _ways(given, mixes: list, mix):
 
 def choose(models: dict, given, modes) -> int:
   """Prints, for every model and way of mixing, the accuracy on a file of multiple choice."""
-  from demix.config import domain_symbols
-  from demix.eval import multiple_choice
-  from demix.eval.results import layout
-  from demix.loading import language_model, reference
-  from demix.mix.mix_config import MixConfig
-  from demix.runtime.progress import Progress
   for flag in ('out', 'dump', 'save_priors', 'packing', 'stride', 'limit', 'domains', 'split',
                'batch_size', 'tables', 'verify_data'):
     if given[flag].present:
@@ -139,6 +137,12 @@ def choose(models: dict, given, modes) -> int:
     if mode.single or mode.config.prior == 'updating':
       raise BadInput(f'--options with --mix={mode.name}: a question is no stream of a domain; '
                      'average, uniform or cached (with --prior), or a model reference W#EXPERT')
+  from demix.config import domain_symbols
+  from demix.eval import multiple_choice
+  from demix.eval.results import layout
+  from demix.loading import language_model, reference
+  from demix.mix.mix_config import MixConfig
+  from demix.runtime.progress import Progress
   questions = multiple_choice.read(given.options)
   lines = [['run', 'mix', 'accuracy', 'error', 'per byte', 'questions']]
   found = {name: reference.load(ref) for name, ref in models.items()}

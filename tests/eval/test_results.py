@@ -13,6 +13,7 @@ from demix.errors import BadInput
 from demix.eval import protocol, results
 from demix.eval.perplexity import Score
 from demix.loading.reference import load
+from demix.verbs.evaluate import TABLES
 
 RUN = {'train_tokens': int, 'train_flops': int, 'params_total': int, 'params_active': int,
        'seconds': float, 'config_digest': str, 'seed': int, 'step': int, 'content_digest': str}
@@ -76,7 +77,7 @@ def test_evaluating_again_gives_the_same_bytes(models, tmp_path):
 
 def test_what_is_printed_is_the_content(written):
   content, out = written
-  assert protocol.report(content, protocol.TABLES) in out
+  assert protocol.report(content, TABLES) in out
   assert results.table(content, 'perplexity') in out and results.ledger(content) in out
   assert out.rstrip().split('\n')[-1].startswith('results     ')
 
