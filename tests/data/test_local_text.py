@@ -153,7 +153,7 @@ def test_text_is_clean_and_names_no_path_of_this_machine(corpus):
 @pytest.mark.long
 def test_another_process_writes_the_same_bytes(corpus, tmp_path):
   """With another hash seed, locale and working directory."""
-  code = 'import sys; from demix.data import local_text; local_text.write(sys.argv[1])'
+  code = 'import sys; from demix.data.local import local_text; local_text.write(sys.argv[1])'
   env = {**os.environ, 'PYTHONHASHSEED': '7', 'LC_ALL': 'C', 'PYTHONUTF8': '0',
          'PYTHONPATH': str(ROOT)}
   subprocess.run([sys.executable, '-c', code, 'there'], env=env, check=True, cwd=tmp_path)
