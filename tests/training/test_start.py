@@ -104,7 +104,7 @@ def test_what_was_resolved_is_recorded_and_identity(models, frozen):
   expected = {'model': str(models['demix']), 'workdir': str(models['demix']), 'step': 40,
               'content_digest': parent['content_digest'], 'expert': 'legal', 'asked': 'legal',
               'schedule_steps': 40,
-              'ancestors': [parent['content_digest']]}
+              'ancestors': [parent['content_digest']], 'trained_on': list(corpus.TRAIN)}
   assert meta['init'] == saved['init'] == expected
   assert meta['identity'] == saved['identity']
   own = {k: v for k, v in meta['identity'].items() if k.startswith('init.')}
