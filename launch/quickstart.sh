@@ -58,11 +58,14 @@ python -m demix evaluate "${models[@]}" --data="$workdir/corpus" \
   --mix=given,average,uniform,updating,cached --mix.blocks=100 \
   --save_priors="$workdir/priors.json" \
   --tables=all --out="$workdir/results.json" > "$workdir/tables.txt"
-{ python launch/quickstart_table.py "$workdir"
-  echo; echo "A text by the DEMix LM's experts (--prompt='>>> x = np.array('):"
+{ echo; python launch/quickstart_table.py "$workdir" cost; } >> "$workdir/tables.txt"
+{ echo "by the DEMix LM's experts, --prompt='>>> x = np.array('"
   python -m demix generate --model="$workdir/demix" --prompt='>>> x = np.array(' --max_tokens=80 \
     --top_p=0.9 --seed=1 2>&1
-} > "$workdir/table.tmp"
+} > "$workdir/text.txt"
+cat "$workdir/text.txt"
+echo
+python launch/quickstart_table.py "$workdir" > "$workdir/table.tmp"
 mv "$workdir/table.tmp" "$workdir/table.txt"
 cat "$workdir/table.txt"
 cat <<EOF
@@ -71,6 +74,6 @@ Everything lies in $workdir:
   corpus/          token store and data card (card.json); the text itself in corpus_text/
   dense/, demix/   config.json, metrics.jsonl, tensorboard/, checkpoints/
   forest/          forest.json, seed/, experts/<name>/, each as above; average/: their average
-  results.json     every way of mixing, as tables in tables.txt; priors.json, the cached priors
+  results.json     every way of mixing; tables.txt, as tables; text.txt, the text above
 took $((SECONDS - started))s after installation
 EOF

@@ -1,8 +1,9 @@
-"""The quick start in one table: python launch/quickstart_table.py W, the folder of a run.
+"""The quick start in one table: python launch/quickstart_table.py W [cost], W the folder of a run.
 
 Perplexity of test text, lower is better, from W/results.json: dense; the experts of the DEMix LM
 and of the forest given by the domain's name, and mixed by the text itself (cached prior, one-token
 evidence: what the DEMix paper's released code computes); the average of the forest's experts.
+A star marks what is better than dense. With cost: tokens, parameters and time of each arm instead.
 """
 
 import json
@@ -26,18 +27,40 @@ def table(results: dict) -> str:
   trained = [d for d in domains if d not in results['heldout']]
   cells = {i: {d: nll[*way, d] for d in domains} for i, (_, *way) in enumerate(COLUMNS)}
   mean = {i: sum(of[d] for d in trained) / len(trained) for i, of in cells.items()}
-  over = lambda i, value, dense: f'{math.exp(value - dense):.3f}' if i else '1'
-  lines = [['perplexity', *(name for name, *_ in COLUMNS)]]
-  lines += [[d, *(f'{math.exp(of[d]):.2f}' for of in cells.values())] for d in trained]
-  lines += [['geometric mean', *(f'{math.exp(m):.2f}' for m in mean.values())],
+  over = lambda i, value, dense: f'{math.exp(value - dense):.3f} ' if i else '1 '
+  star = lambda value, dense: f'{math.exp(value):.2f}' + ('*' if value < dense else ' ')
+  lines = [['perplexity', *(f'{name} ' for name, *_ in COLUMNS)]]
+  lines += [[d, *(star(of[d], cells[0][d]) for of in cells.values())] for d in trained]
+  lines += [['geometric mean', *(star(m, mean[0]) for m in mean.values())],
             ['  over dense', *(over(i, m, mean[0]) for i, m in mean.items())],
-            ['  domains won', '-', *(
-                f'{sum(cells[i][d] < cells[0][d] for d in trained)} of {len(trained)}'
+            ['  domains won', '- ', *(
+                f'{sum(cells[i][d] < cells[0][d] for d in trained)} of {len(trained)} '
                 for i in cells if i)]]
   for d in results['heldout']:
-    lines += [[f'{d} (new)', *(f'{math.exp(of[d]):.2f}' for of in cells.values())],
+    lines += [[f'{d} (new)', *(star(of[d], cells[0][d]) for of in cells.values())],
               ['  over dense', *(over(i, of[d], cells[0][d]) for i, of in cells.items())]]
   return layout(lines)
+
+
+def reading(results: dict) -> str:
+  """What the table says, in two sentences."""
+  nll = {(r['run'], r['prior'], r['posterior'], r['domain']): r['nll'] for r in results['rows']}
+  domains = list(dict.fromkeys(r['domain'] for r in results['rows']))
+  trained = [d for d in domains if d not in results['heldout']]
+
+  def gap(column, over):
+    way = next(w for name, *w in COLUMNS if (name, w[0]) == column)
+    value = sum(nll[*way, d] - nll['dense', None, None, d] for d in over) / len(over)
+    return f'{abs(math.expm1(value)):.1%} {"below" if value < 0 else "above"}'.replace('%', ' %')
+
+  demix, forest, averaged = ('mixed', 'demix'), ('mixed', 'forest'), ('averaged', 'average')
+  said = (f'Experts mixed by the text itself are {gap(demix, trained)} dense (DEMix) and '
+          f'{gap(forest, trained)} it (forest);\ntheir average as one LM is '
+          f'{gap(averaged, trained)}.')
+  if results['heldout']:
+    said += (f' On {", ".join(results["heldout"])}, which nobody trained on: '
+             f'{gap(demix, results["heldout"])}, {gap(forest, results["heldout"])}.')
+  return said
 
 
 def cost(results: dict) -> str:
@@ -52,9 +75,9 @@ def cost(results: dict) -> str:
   return layout(lines)
 
 
-def main(folder):
+def main(folder, what='table'):
   results = json.loads(Path(folder, 'results.json').read_text())
-  print(table(results), cost(results), sep='\n\n')
+  print(cost(results) if what == 'cost' else f'{table(results)}\n\n{reading(results)}')
 
 
 if __name__ == '__main__':

@@ -75,7 +75,9 @@ def test_quickstart_continues_where_it_was_killed_and_ends_in_a_table(tmp_path):
     if stored['domain'] not in quickstart_corpus.NOVEL:
       assert stored['weights'][stored['domain']] > 0.5, stored
   assert 'while writing' in out  # a text, and who wrote it
-  assert 'over dense' in out and 'tokens per active' in out and 'took' in out
+  assert 'tokens per active' in (workdir / 'tables.txt').read_text()
+  end = out[out.index('\nperplexity '):].strip().splitlines()  # one screen, and the last one
+  assert len(end) <= 25 and 'over dense' in out and end[-1].startswith('took'), end
   third = start(workdir)
   again, _ = third.communicate(timeout=60)
   assert third.returncode == 0 and 'done already' in again and 'over dense' in again
@@ -100,11 +102,14 @@ def test_the_table_says_what_each_way_is_worth_over_dense():
            'nll': math.log(base * worth.get((run, prior), 9) * (1 if posterior != 'prefix' else 3))}
           for run in ('dense', 'demix', 'forest', 'average') for prior, posterior in ways
           for domain, base in (('a', 10), ('b', 1000), ('new', 50))]
-  table = quickstart_table.table({'rows': rows, 'heldout': ['new']}).splitlines()
+  results = {'rows': rows, 'heldout': ['new']}
+  table = quickstart_table.table(results).splitlines()
   cells = {line.split('  ')[0] or line.split()[0]: line.split()[-6:] for line in table}
-  assert cells['a'] == ['10.00', '9.00', '8.00', '7.00', '11.00', '20.00']
-  assert cells['geometric mean'] == ['100.00', '90.00', '80.00', '70.00', '110.00', '200.00']
+  assert cells['a'] == ['10.00', '9.00*', '8.00*', '7.00*', '11.00', '20.00']
+  assert cells['geometric mean'] == ['100.00', '90.00*', '80.00*', '70.00*', '110.00', '200.00']
   over = [line.split()[-6:] for line in table if 'over dense' in line]
   assert over == [['1', '0.900', '0.800', '0.700', '1.100', '2.000']] * 2
   assert next(line for line in table if 'domains won' in line).split('  ')[-1].strip() == '0 of 2'
   assert cells['new (new)'][0] == '50.00'
+  assert re.findall(r'[\d.]+ % \w+', quickstart_table.reading(results)) == [
+      '20.0 % below', '10.0 % above', '100.0 % above', '20.0 % below', '10.0 % above']
