@@ -62,7 +62,8 @@ def run(mode: str, folder: Path, parents: int):
   else:
     for name in names:
       checkpoint.require(folder / name, 1)
-    saved = {n: SimpleNamespace(directory=folder / n, step=1) for n in names}
+    saved = {n: SimpleNamespace(directory=folder / n, step=1,
+                                meta=checkpoint.read_meta(folder / n, 1)) for n in names}
     state = average.averaged(saved, np.full(parents, 1 / parents), str(folder))
   with checkpoint.Checkpoints(out) as saver:
     saver.save(1, state, {})

@@ -57,7 +57,9 @@ class Plan:
   def step(self, model: Model, mesh=None):
     """`step.make_step` with what the config says."""
     c = self.config
-    return make_step(model, self.adamw, domains=len(c.data.domains),
+    # A device has the rows of its own experts only.
+    domains = len(model.config.experts) or len(c.data.domains)
+    return make_step(model, self.adamw, domains=domains,
                      balanced=c.data.sampling == 'balanced', accumulation=c.train.accumulation,
                      mesh=mesh)
 

@@ -213,13 +213,15 @@ def spread(mesh: Mesh, leaves: dict) -> dict:
 
 
 def constraints(mesh: Mesh | None, rows: PartitionSpec = BATCH):
-  """Two functions for inside a step: activations [B, …] → the same, split by `rows` as the batch;
-  a tree of gradients → the same, each where its parameter is. On one device they do nothing."""
+  """Three functions for inside a step: activations [B, …] → the same, split by `rows` as the batch;
+  a tree of gradients → the same, each where its parameter is; a small array → the same, whole on
+  every device. On one device they do nothing."""
   if mesh is None or mesh.size == 1:
-    return (lambda x: x), (lambda grads: grads)
+    return (lambda x: x), (lambda grads: grads), (lambda x: x)
   constrain = jax.lax.with_sharding_constraint
   return (lambda x: constrain(x, NamedSharding(mesh, rows)),
-          lambda grads: constrain(grads, shardings(mesh, grads)))
+          lambda grads: constrain(grads, shardings(mesh, grads)),
+          lambda x: constrain(x, NamedSharding(mesh, PartitionSpec())))
 
 
 def by_rows_and_heads(mesh: Mesh | None):

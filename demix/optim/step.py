@@ -37,7 +37,7 @@ def make_step(model: Model, adamw: AdamW, *, domains: int, balanced: bool, accum
     rows: how the rows of a batch lie on it.
   """
   config = model.config
-  keep_rows, keep_gradients = sharding.constraints(mesh, rows)
+  keep_rows, keep_gradients, keep_whole = sharding.constraints(mesh, rows)
 
   def weighted_nll(trained, frozen, batch, total):
     params = tree.join(trained, frozen)
@@ -48,17 +48,27 @@ def make_step(model: Model, adamw: AdamW, *, domains: int, balanced: bool, accum
     nll_BL = loss.nll(hidden, model.output_table(params), batch['targets_BL'], config.vocab_size,
                       model.execution.loss_block)
     nll_B = (nll_BL * batch['weights_BL']).sum(1)
-    by_domain = jax.ops.segment_sum(nll_B, batch['domain_B'], domains)
     # Auxiliary losses are means over tokens: that of the batch is the mean of its micro-batches'.
-    return nll_B.sum() / total + sum(aux.values()) / accumulation, by_domain
+    auxiliary = sum(aux.values()) / accumulation
+    return nll_B.sum() / total + auxiliary, (nll_B, auxiliary)
+
+  def gradient(trained, frozen, batch, total):
+    """((loss, NLL by domain), gradient)"""
+    (_, (nll_B, auxiliary)), grads = jax.value_and_grad(weighted_nll, has_aux=True)(
+        trained, frozen, batch, total)
+    # Numbers are sums over rows that are there: XLA, left to fuse them into the loss, adds in
+    # another order where several runs share a program, and together is not apart to the bit.
+    nll_B = jax.lax.optimization_barrier(nll_B)
+    by_domain = jax.ops.segment_sum(nll_B, batch['domain_B'], domains)
+    return (nll_B.sum() / total + auxiliary, by_domain), grads
 
   def step(state, batch, frozen=None):
     frozen = frozen or {}
-    tokens_D = jax.ops.segment_sum(batch['weights_BL'].sum(1), batch['domain_B'], domains)
+    tokens_D = keep_whole(
+        jax.ops.segment_sum(batch['weights_BL'].sum(1), batch['domain_B'], domains))
     scored = batch['weights_BL'].sum()
     # A batch may hold nothing but prompts, of which no token is predicted: it changes nothing.
     total = jnp.where(scored > 0, scored, 1)
-    gradient = jax.value_and_grad(weighted_nll, has_aux=True)
     if accumulation == 1:
       (value, nll_D), grads = gradient(state['params'], frozen, batch, total)
     else:

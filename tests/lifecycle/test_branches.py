@@ -9,7 +9,8 @@ import struct
 import corpus
 import pytest
 import runs
-from test_forest import TRAIN, digests, forest, grown  # noqa: F401 (a fixture)
+from forests import TRAIN, digests, forest
+from test_forest import grown  # noqa: F401 (a fixture)
 
 from demix.checkpoints import checkpoint
 from demix.forest import manifest

@@ -10,11 +10,10 @@ import corpus
 import numpy as np
 import pytest
 import runs
+from forests import TRAIN, config_file, digests, forest
 
 import demix
-from demix import settings
 from demix.checkpoints import checkpoint
-from demix.config import Config
 from demix.data.tokens.store import TokenStore
 from demix.eval import perplexity
 from demix.eval.sequences import Protocol
@@ -25,32 +24,6 @@ from demix.training import metrics
 pytestmark = pytest.mark.exact
 
 TEXT = corpus.document('code', 'some text to score 3')
-TRAIN = ('legal', 'code', 'verse')
-
-
-def config_file(folder, **experts):
-  """A config file that returns a plan: a seed of 4 steps, 4 of 2 sequences for each branch."""
-  changes = {'train': {'steps': 4}, 'data': {'batch_size': 2}, 'init': {'optimizer': 'continue'}}
-  experts = experts or {d: {'domains': [d], 'changes': changes} for d in TRAIN}
-  base = settings.to_dict(Config())
-  for path, value in runs.TINY.items():
-    group, key = path.split('.')
-    base[group][key] = value
-  base['data'] |= {'domains': list(TRAIN), 'batch_size': 6}
-  base['train'] |= {'checkpoint_every': 2, 'max_to_keep': 0}
-  found = {'base': base, 'seed': {'train': {'steps': 4}},
-           'experts': [{'name': name, **branch} for name, branch in experts.items()]}
-  (folder / 'plan.json').write_text(json.dumps(found))
-  (folder / 'plan.py').write_text(
-      'import json\nfrom pathlib import Path\nfrom ml_collections import ConfigDict\n\n\n'
-      'def get_config():\n'
-      '  return ConfigDict(json.loads((Path(__file__).parent / "plan.json").read_text()))\n')
-  return folder / 'plan.py'
-
-
-def forest(*argv):
-  return runs.demix('forest', *argv)
-
 
 @pytest.fixture(scope='module')
 def grown(stores, tmp_path_factory):
@@ -95,10 +68,6 @@ def test_a_forest_of_ones_own_domains_grows(stores, tmp_path):
 @pytest.fixture
 def copy(grown, tmp_path):
   return shutil.copytree(grown, tmp_path / 'F')
-
-
-def digests(folder):
-  return {n: e['content_digest'] for n, e in manifest.load(folder)['experts'].items()}
 
 
 def test_a_plan_becomes_a_seed_and_branches_that_go_on_from_it(grown):

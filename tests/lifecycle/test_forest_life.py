@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 import runs
-from test_forest import TRAIN, config_file, digests, forest, grown  # noqa: F401
+from forests import TRAIN, config_file, forest
+from test_forest import grown  # noqa: F401 (a fixture)
 
 from demix.checkpoints import checkpoint
 from demix.forest import manifest

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import runs
 from cases import some
+from forests import TRAIN, config_file, digests, forest
 from jax.sharding import AbstractMesh
 from models import tiny
-from test_forest import TRAIN, config_file, digests, forest
 
 from demix.checkpoints import checkpoint
 from demix.data.sampling.batches import Batches
