@@ -45,8 +45,11 @@ def _train(argv, held) -> int:
   require(config.data.path, 'config.data.path', 'the token store that `prepare` wrote')
   if config.init.model:
     reference.parse(config.init.model)
-  from demix.training import train
   named = re.findall(r'(?:^|\n)--?config\.([\w.]+)', '\n'.join(argv))
+  if 'train.lift' in named and config.train.lift != 'auto':
+    raise BadInput(f'train.lift={config.train.lift} has no effect: `train` makes one run; it '
+                   'is for several, forest run --together; leave it out')
+  from demix.training import train
   if held:
     if config.mesh.processes != 1:
       raise BadInput(f'mesh.processes={config.mesh.processes} in the config file: it says how the '

@@ -163,6 +163,7 @@ CASES = [
     (TRAIN + 'new --config.init.model={P}/none', 2, "no such workdir '{P}/none'"),
     (TRAIN + 'new --config.init.model={P}/bad', 4, 'no checkpoint can be trusted'),
     (TRAIN + 'new --config.init.expert=legal', 2, "init.expert='legal' has no effect with"),
+    (TRAIN + 'new --config.train.lift=map', 2, 'train.lift=map has no effect: `train`'),
     (TRAIN + 'W --config.init.model={P}/W', 2, 'it started from fresh parameters'),
     ('forest', 2, 'forest: no action given'),
     ('forest list --model={P}/none', 2, "no such workdir '{P}/none'"),
