@@ -3,6 +3,7 @@
 import ast
 import importlib
 import itertools
+import re
 import subprocess
 import sys
 import time
@@ -228,3 +229,16 @@ def test_an_old_name_is_run_as_a_program(tmp_path):
   done = subprocess.run([sys.executable, '-m', 'demix.sweep', str(tmp_path / 'none.py')],
                         capture_output=True, text=True, cwd=ROOT)
   assert done.returncode == 2 and 'none.py' in done.stderr, done
+
+
+def test_no_pattern_has_what_python_before_3_11_5_matches_wrongly():
+  """Possessive repeats and atomic groups: gh-100061, gh-106052. Debian 12 has 3.11.2."""
+  found = [(path, x) for path in FILES if path.parent != ROOT / 'demix/data/sources'
+           for x in vars(importlib.import_module(
+               '.'.join(path.relative_to(ROOT).with_suffix('').parts))).values()
+           if isinstance(x, re.Pattern) and path.name != '__main__.py']
+  assert len(found) > 10
+  for path, pattern in found:
+    if isinstance(pattern.pattern, str):
+      parsed = str(re._parser.parse(pattern.pattern, pattern.flags & ~re.UNICODE))
+      assert 'POSSESSIVE' not in parsed and 'ATOMIC' not in parsed, (path, pattern)
